@@ -1,0 +1,2 @@
+//! The pyrite executable.
+fn main() {}

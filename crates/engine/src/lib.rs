@@ -1,0 +1,157 @@
+//! The engine interface: what runs vCPUs, seen from the machine, and the KVM implementation of it.
+//!
+//! An engine never sees devices, only [`CpuIo`]. The machine never sees a concrete engine, only
+//! [`Vm`], [`Vcpu`] and [`EngineCaps`].
+//!
+//! Both engines own the local APICs (in-kernel for KVM in split mode, `pyrite-soft`'s own for the
+//! software engine). PIC, IO-APIC and timers are devices of the machine; they reach the engine by
+//! [`Vm::send_msi`] and [`Vm::set_pic_intr`] and are reached by [`CpuIo::ack_pic`] and
+//! [`CpuIo::eoi`].
+
+use std::sync::Arc;
+
+pub use pyrite_x86 as x86;
+use pyrite_x86::CpuState;
+
+/// How a vCPU reaches everything outside the processor. Called on vCPU threads, concurrently.
+pub trait CpuIo: Send + Sync {
+    /// Load from guest-physical memory that is not RAM. `data` is 1-64 bytes.
+    fn mmio_read(&self, vcpu: u32, gpa: u64, data: &mut [u8]);
+    /// Store.
+    fn mmio_write(&self, vcpu: u32, gpa: u64, data: &[u8]);
+    /// IN. `data` is 1, 2 or 4 bytes.
+    fn pio_read(&self, vcpu: u32, port: u16, data: &mut [u8]);
+    /// OUT.
+    fn pio_write(&self, vcpu: u32, port: u16, data: &[u8]);
+    /// Interrupt acknowledge cycle to the PIC: the vector, `None` if it has nothing (any more).
+    fn ack_pic(&self) -> Option<u8>;
+    /// A level-triggered `vector` was ended at a local APIC: tell the IO-APICs.
+    fn eoi(&self, vector: u8);
+}
+
+/// Why `Vcpu::run` came back.
+#[derive(Debug)]
+pub enum StopReason {
+    /// `VcpuControl::stop` was called.
+    Requested,
+    /// Triple fault: hardware would reset the machine.
+    TripleFault,
+    /// A debug condition that the host asked for.
+    Debug,
+    /// The engine cannot go on; the message says why and shows the guest's state.
+    Failed(EngineError),
+}
+
+/// Something the engine could not do.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The host lacks something.
+    #[error("{0}")]
+    Unsupported(String),
+    /// A system call failed.
+    #[error("{what}")]
+    Os {
+        /// What was tried.
+        what: String,
+        /// The host's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The engine met a situation it cannot continue from.
+    #[error("{0}")]
+    Internal(String),
+    /// A state that cannot be loaded.
+    #[error("invalid CPU state: {0}")]
+    BadState(String),
+}
+
+/// What an engine can do, asked instead of guessed.
+#[derive(Clone, Debug)]
+pub struct EngineCaps {
+    /// `kvm` or `soft`.
+    pub name: &'static str,
+    /// Most vCPUs of a VM.
+    pub max_vcpus: u32,
+    /// Frequency of the guest TSC in kHz.
+    pub tsc_khz: u64,
+}
+
+/// One CPUID leaf as the guest sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs, reason = "register names")]
+pub struct CpuidEntry {
+    pub leaf: u32,
+    /// Sub-leaf; meaningful if `indexed`.
+    pub subleaf: u32,
+    /// The leaf depends on ECX.
+    pub indexed: bool,
+    pub eax: u32,
+    pub ebx: u32,
+    pub ecx: u32,
+    pub edx: u32,
+}
+
+/// A CPUID table: leaves before per-vCPU fields (APIC id, topology) are filled in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CpuidTable {
+    /// Entries, any order, at most one per (leaf, subleaf).
+    pub entries: Vec<CpuidEntry>,
+}
+
+impl CpuidTable {
+    /// The entry for a leaf and sub-leaf.
+    pub fn get(&self, leaf: u32, subleaf: u32) -> Option<&CpuidEntry> {
+        self.entries.iter().find(|e| e.leaf == leaf && (!e.indexed || e.subleaf == subleaf))
+    }
+}
+
+/// What a VM is created from.
+pub struct VmConfig {
+    /// Its RAM.
+    pub memory: Arc<pyrite_mem::GuestMemory>,
+    /// Number of vCPUs, 1 or more. APIC ids are 0…n-1.
+    pub vcpus: u32,
+    /// What CPUID says, common to all vCPUs.
+    pub cpuid: CpuidTable,
+    /// Everything outside the processors.
+    pub io: Arc<dyn CpuIo>,
+    /// Guest time in ns, for APIC timers and kvmclock. Stands still while the VM is paused.
+    pub clock: Arc<dyn Fn() -> u64 + Send + Sync>,
+}
+
+/// A VM of one engine. Shared between threads.
+pub trait Vm: Send + Sync {
+    /// Capabilities.
+    fn caps(&self) -> &EngineCaps;
+    /// The vCPU `index` (0…n-1), once; it is then owned by the thread that runs it.
+    fn take_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError>;
+    /// Control of the vCPU from other threads.
+    fn control(&self, index: u32) -> Arc<dyn VcpuControl>;
+    /// A message-signalled interrupt to the local APICs. Never blocks.
+    fn send_msi(&self, addr: u64, data: u32);
+    /// Level of the PIC's INTR output, wired to LINT0 of vCPU 0.
+    fn set_pic_intr(&self, level: bool);
+    /// An NMI to one vCPU.
+    fn send_nmi(&self, index: u32);
+    /// Guest memory's page flags changed (dirty logging began or was taken): drop cached write
+    /// permission in all vCPUs before returning. Only while all vCPUs are stopped.
+    fn drop_write_permission(&self);
+    /// What a person may see.
+    fn inspect(&self) -> pyrite_state::Inspect;
+}
+
+/// Control of a running vCPU from another thread.
+pub trait VcpuControl: Send + Sync {
+    /// Makes `run` return `StopReason::Requested` soon; the request stays until `run` returns.
+    fn stop(&self);
+}
+
+/// One vCPU, owned by its thread.
+pub trait Vcpu: Send {
+    /// Runs until there is a reason to stop. HLT and waiting for start-up IPIs happen inside.
+    fn run(&mut self) -> StopReason;
+    /// The architectural state. Only between `run`s.
+    fn state(&mut self) -> Result<CpuState, EngineError>;
+    /// Replaces the architectural state. Only between `run`s.
+    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError>;
+}

@@ -1,0 +1,24 @@
+//! The device model: what a device may ask for and what it must offer.
+//!
+//! Devices never see an engine. They are reached through [`PioDevice`], [`MmioDevice`] and
+//! [`PciFunction`], raise interrupts through [`IrqLine`] and [`MsiSink`], reach guest memory
+//! through [`Dma`], know time only from [`VmClock`], and are driven by [`Lifecycle`].
+//!
+//! # Threads and locks
+//!
+//! A device is behind one mutex. vCPU threads, the timer thread and worker threads call it.
+//! LOCK ORDER: bus map < device < interrupt controllers < engine. A device must not call back into
+//! a bus while it is locked.
+#![forbid(unsafe_code)]
+
+pub mod bus;
+pub mod clock;
+pub mod irq;
+pub mod lifecycle;
+pub mod pci;
+
+pub use bus::{Bus, MmioDevice, PioDevice};
+pub use clock::{Timer, TimerTarget, VmClock};
+pub use irq::{IrqLine, IrqSink, MsiMessage, MsiSink};
+pub use lifecycle::Lifecycle;
+pub use pci::{BarKind, Dma, PciFunction};

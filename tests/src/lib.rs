@@ -1,0 +1,1 @@
+//! System tests of the pyrite executable. The tests are in `tests/`; this library is their harness.
