@@ -101,7 +101,9 @@ pub struct CpuidTable {
 impl CpuidTable {
     /// The entry for a leaf and sub-leaf.
     pub fn get(&self, leaf: u32, subleaf: u32) -> Option<&CpuidEntry> {
-        self.entries.iter().find(|e| e.leaf == leaf && (!e.indexed || e.subleaf == subleaf))
+        self.entries
+            .iter()
+            .find(|e| e.leaf == leaf && (!e.indexed || e.subleaf == subleaf))
     }
 }
 

@@ -64,7 +64,10 @@ pub struct Bus<D: ?Sized> {
 
 impl<D: ?Sized> Default for Bus<D> {
     fn default() -> Self {
-        Bus { map: ArcSwap::from_pointee(Vec::new()), writer: Mutex::new(()) }
+        Bus {
+            map: ArcSwap::from_pointee(Vec::new()),
+            writer: Mutex::new(()),
+        }
     }
 }
 
@@ -90,13 +93,25 @@ impl<D: ?Sized> Bus<D> {
             .ok_or_else(|| overlap("the end of the address space"))?;
         let mut map = Vec::clone(&self.map.load());
         let at = map.partition_point(|e| e.start < start);
-        if let Some(e) = at.checked_sub(1).and_then(|p| map.get(p)).filter(|e| e.last >= start) {
+        if let Some(e) = at
+            .checked_sub(1)
+            .and_then(|p| map.get(p))
+            .filter(|e| e.last >= start)
+        {
             return Err(overlap(&e.name));
         }
         if let Some(e) = map.get(at).filter(|e| e.start <= last) {
             return Err(overlap(&e.name));
         }
-        map.insert(at, Entry { start, last, name: name.to_owned(), device });
+        map.insert(
+            at,
+            Entry {
+                start,
+                last,
+                name: name.to_owned(),
+                device,
+            },
+        );
         self.map.store(Arc::new(map));
         Ok(())
     }
@@ -111,7 +126,11 @@ impl<D: ?Sized> Bus<D> {
 
     /// Names and ranges (first and last address), ascending.
     pub fn ranges(&self) -> Vec<(u64, u64, String)> {
-        self.map.load().iter().map(|e| (e.start, e.last, e.name.clone())).collect()
+        self.map
+            .load()
+            .iter()
+            .map(|e| (e.start, e.last, e.name.clone()))
+            .collect()
     }
 }
 

@@ -49,7 +49,10 @@ impl Dma {
     }
     /// Access that is always on, for devices outside PCI.
     pub fn always(memory: Arc<GuestMemory>) -> Dma {
-        Dma { memory, enabled: Arc::new(AtomicBool::new(true)) }
+        Dma {
+            memory,
+            enabled: Arc::new(AtomicBool::new(true)),
+        }
     }
     /// The memory if bus mastering is on.
     pub fn memory(&self) -> Result<&Arc<GuestMemory>, MemError> {
