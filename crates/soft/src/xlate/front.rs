@@ -185,7 +185,7 @@ impl<'a> Front<'a> {
             f.direct_exit(next_rip);
         }
         f.emit_cold();
-        let mut refused = |d: &Decoded| d.i.code() == Code::INVALID || f.refuses(&d.i);
+        let refused = |d: &Decoded| d.i.code() == Code::INVALID || f.refuses(&d.i);
         let first = list.first().is_none_or(refused);
         f.finish(
             list.len() as u32,
