@@ -181,6 +181,9 @@ fn mode_of(v: &SoftVcpu) -> Option<u32> {
     if c.cr0 & cr0::PE == 0 || c.rflags & (rflags::VM | rflags::TF) != 0 || c.dr[7] & 0xff != 0 {
         return None;
     }
+    if matches!(c.cpl(), 1 | 2) {
+        return None;
+    }
     let mut m = v.view(Priv::Current) as u32;
     if c.efer & efer::LMA != 0 && c.seg[sreg::CS].l() {
         m |= mode::CODE64;
@@ -371,6 +374,7 @@ fn enter(v: &mut SoftVcpu) {
     // only `slow_memory` uses the vCPU, through the pointer stored here.
     unsafe {
         (*frame).xlate.vcpu = me as u64;
+        (*frame).xlate.irq_waiting = u32::from((*me).irq_waiting);
         (*frame).xlate.flags = flags_to_lahf((*frame).cpu.rflags);
         stubs::enter(frame);
         let c = &mut (*frame).cpu;

@@ -155,6 +155,78 @@ impl Emitter {
         self.u32(disp as u32);
         self.bytes(&[0]);
     }
+    /// `mov byte [frame + disp], imm`.
+    pub fn store_imm8(&mut self, disp: usize, imm: u8) {
+        self.bytes(&[0xc6, 0x84, 0x24]);
+        self.u32(disp as u32);
+        self.bytes(&[imm]);
+    }
+    /// `and byte [frame + disp], imm`.
+    pub fn and_frame8(&mut self, disp: usize, imm: u8) {
+        self.bytes(&[0x80, 0xa4, 0x24]);
+        self.u32(disp as u32);
+        self.bytes(&[imm]);
+    }
+    /// `or byte [frame + disp], imm`.
+    pub fn or_frame8(&mut self, disp: usize, imm: u8) {
+        self.bytes(&[0x80, 0x8c, 0x24]);
+        self.u32(disp as u32);
+        self.bytes(&[imm]);
+    }
+    /// `xor reg32, [frame + disp]`.
+    pub fn xor_frame32(&mut self, reg: u8, disp: usize) {
+        self.frame_op(0x33, false, reg, disp);
+    }
+    /// `or a, b` (64 bit).
+    pub fn or(&mut self, a: u8, b: u8) {
+        self.bytes(&[Self::rex(true, b, 0, a), 0x09, 0xc0 | (b & 7) << 3 | a & 7]);
+    }
+    /// `and a, b` (64 bit).
+    pub fn and(&mut self, a: u8, b: u8) {
+        self.bytes(&[Self::rex(true, b, 0, a), 0x21, 0xc0 | (b & 7) << 3 | a & 7]);
+    }
+    /// `test reg32, imm`.
+    pub fn test32(&mut self, reg: u8, imm: u32) {
+        self.bytes(&[Self::rex(false, 0, 0, reg), 0xf7, 0xc0 | reg & 7]);
+        self.u32(imm);
+    }
+    /// `shl reg32, n`.
+    pub fn shl32(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe0 | reg & 7, n]);
+    }
+    /// The host's RFLAGS to a register, by way of the entry stack below the frame.
+    pub fn host_flags_to(&mut self, reg: u8) {
+        self.bytes(&[0x9c, Self::rex(false, 0, 0, reg), 0x58 | reg & 7]);
+    }
+    /// Arithmetic flags from the low 16 bits of a flags image in `image` (R8-R15).
+    pub fn image_to_flags(&mut self, image: u8) {
+        use super::layout::gpr;
+        self.store(gpr(0), 0);
+        self.mov(0, image, false);
+        self.shl32(0, 8); // AH = low byte, AL = 0
+        self.bytes(&[
+            Self::rex(false, 0, 0, image),
+            0x0f,
+            0xba,
+            0xe0 | image & 7,
+            11,
+        ]); // bt image, 11
+        self.bytes(&[0x14, 0, 0x04, 0x7f, 0x9e]); // adc al, 0; add al, 7fh; sahf
+        self.load(0, gpr(0));
+    }
+    /// Brings saved flags back; if ZF was clear just before, goes on at `l` instead, with the
+    /// flags back as well.
+    pub fn restore_flags_if_nonzero(&mut self, l: Label) {
+        // jz +n; restore; jmp l; restore
+        self.bytes(&[0x74, 0]);
+        let at = self.code.len();
+        self.restore_flags();
+        self.jmp(l);
+        let n = self.code.len() - at;
+        assert!(n < 128, "short jump");
+        self.code[at - 1] = n as u8;
+        self.restore_flags();
+    }
     /// `jmp [frame + disp]`.
     pub fn jmp_frame(&mut self, disp: usize) {
         self.bytes(&[0xff, 0xa4, 0x24]);

@@ -14,16 +14,21 @@
 //! dead; if an instruction faults meanwhile, the dead flags in the exception's image may differ
 //! from hardware, unless `SoftOptions::precise_flags` is on.
 
+mod classify;
+mod flags;
+mod flow;
+mod operand;
+
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
     OpAccess, OpKind, Register, RflagsBits,
 };
 
+use self::classify::{Fpu, fpu_kind, is_hint, may_keep_flags, stack_op, uses_mask, uses_vector};
 use super::cache::{Block, BlockKey, Exit};
 use super::emit::{Address, Emitter, Label, T0, T1};
-use super::layout::{self, gpr, reason};
+use super::layout::{self, reason};
 use super::mode;
-use crate::frame::TLB_BITS;
 use crate::vm::SoftOptions;
 
 const ARITH: u32 = RflagsBits::OF
@@ -75,6 +80,18 @@ enum Cold {
     JumpFar {
         at: Label,
         target: u64,
+    },
+    /// Leave at `rip` so that the run loop takes a waiting interrupt; `shadow`: after STI, one
+    /// instruction later.
+    Waiting {
+        at: Label,
+        rip: u64,
+        shadow: bool,
+    },
+    /// Leave for the interpreter at `rip`.
+    Interpret {
+        at: Label,
+        rip: u64,
     },
 }
 
@@ -288,6 +305,9 @@ impl<'a> Front<'a> {
     /// True for instructions that this translator leaves to the interpreter.
     fn refuses(&mut self, i: &Instruction) -> bool {
         let m = i.mnemonic();
+        if flags::handles(i, self.key.mode) {
+            return false;
+        }
         if i.code() == Code::INVALID || i.is_privileged() || i.is_string_instruction() {
             return true;
         }
@@ -493,6 +513,10 @@ impl<'a> Front<'a> {
             self.branch(d);
             return true;
         }
+        if flags::handles(i, self.key.mode) {
+            self.flag_insn(d);
+            return false;
+        }
         if stack_op(i, self.code64) {
             self.stack(d);
             return false;
@@ -533,540 +557,6 @@ impl<'a> Front<'a> {
             self.e.jcc(4, at);
             self.e.bind(back);
             self.cold.push(Cold::FpuLoad { at, back });
-        }
-    }
-
-    /// Copies an instruction with registers renamed and its memory operand replaced. False if it
-    /// has to be left to the interpreter; nothing was emitted then that matters.
-    fn copy(&mut self, d: &Decoded) -> bool {
-        let mut i = d.i;
-        normalise(&mut i);
-        let m = i.mnemonic();
-        let mem_op = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory);
-        // Spilled registers among the explicit operands, with what happens to them.
-        let mut spilled: Vec<(usize, bool)> = Vec::new();
-        {
-            let info = self.info.info(&i);
-            for n in 0..i.op_count() {
-                if i.op_kind(n) != OpKind::Register {
-                    continue;
-                }
-                let Some((g, _)) = gpr_of(i.op_register(n)) else {
-                    continue;
-                };
-                if host_reg(g).is_none() {
-                    let written = !matches!(info.op_access(n), OpAccess::Read | OpAccess::CondRead);
-                    match spilled.iter_mut().find(|(s, _)| *s == g) {
-                        Some(s) => s.1 |= written,
-                        None => spilled.push((g, written)),
-                    }
-                }
-            }
-        }
-        let is_lea = m == Mnemonic::Lea;
-        let room = if mem_op.is_some() && !is_lea { 1 } else { 2 };
-        if spilled.len() > room {
-            return false;
-        }
-        let rewrite = |i: &mut Instruction, spilled: &[(usize, bool)], first: u8| {
-            for n in 0..i.op_count() {
-                if i.op_kind(n) == OpKind::Register
-                    && let Some((g, size)) = gpr_of(i.op_register(n))
-                {
-                    let host = host_reg(g).unwrap_or_else(|| {
-                        let at = spilled.iter().position(|(s, _)| *s == g).unwrap_or(0);
-                        if at == 0 { first } else { T1 }
-                    });
-                    i.set_op_register(n, reg_named(host, size));
-                }
-            }
-        };
-        if is_lea {
-            return self.lea(&d.i, &spilled);
-        }
-        if let Some(op) = mem_op {
-            let (size, write) = {
-                let info = self.info.info(&i);
-                let Some(u) = info.used_memory().first() else {
-                    return false;
-                };
-                let write = !matches!(u.access(), OpAccess::Read | OpAccess::CondRead);
-                (i.memory_size().size(), write)
-            };
-            // Try the encoding first, so that a refusal leaves nothing behind.
-            let mut probe = i;
-            self.set_memory(&mut probe, op, !spilled.is_empty());
-            rewrite(&mut probe, &spilled, T0);
-            if !Emitter::new(0).insn(&probe) {
-                return false;
-            }
-            self.check(&d.i, size, write, d.live != 0);
-            if let Some(&(g, _)) = spilled.first() {
-                self.e.lea(
-                    T1,
-                    Address {
-                        base: Some(T1),
-                        index: Some((T0, 0)),
-                        disp: 0,
-                    },
-                    true,
-                );
-                self.e.load(T0, gpr(g));
-            }
-            self.e.insn(&probe);
-            if let Some(&(g, true)) = spilled.first() {
-                self.e.store(gpr(g), T0);
-            }
-            return true;
-        }
-        let mut probe = i;
-        rewrite(&mut probe, &spilled, T0);
-        if !Emitter::new(0).insn(&probe) {
-            return false;
-        }
-        for (n, &(g, _)) in spilled.iter().enumerate() {
-            self.e.load(if n == 0 { T0 } else { T1 }, gpr(g));
-        }
-        self.e.insn(&probe);
-        for (n, &(g, written)) in spilled.iter().enumerate() {
-            if written {
-                self.e.store(gpr(g), if n == 0 { T0 } else { T1 });
-            }
-        }
-        true
-    }
-
-    /// Replaces the memory operand by `[T1 + T0]`, or `[T1]` if T0 is needed.
-    fn set_memory(&self, i: &mut Instruction, op: u32, t0_taken: bool) {
-        let _ = op;
-        i.set_segment_prefix(Register::None);
-        i.set_memory_base(Register::R11);
-        i.set_memory_index(if t0_taken {
-            Register::None
-        } else {
-            Register::R10
-        });
-        i.set_memory_index_scale(1);
-        i.set_memory_displacement64(0);
-        i.set_memory_displ_size(0);
-    }
-
-    fn lea(&mut self, i: &Instruction, spilled: &[(usize, bool)]) -> bool {
-        let Some((g, size)) = gpr_of(i.op_register(0)) else {
-            return false;
-        };
-        if size == 2 {
-            return false;
-        }
-        let _ = spilled;
-        self.address_into(T0, i, false);
-        match (host_reg(g), size) {
-            (Some(h), 8) => self.e.mov(h, T0, true),
-            (Some(h), _) => self.e.mov(h, T0, false),
-            (None, 8) => self.e.store(gpr(g), T0),
-            (None, _) => {
-                self.e.mov(T0, T0, false);
-                self.e.store(gpr(g), T0);
-            }
-        }
-        true
-    }
-
-    /// Computes an instruction's effective (with segment base: linear) address into `dst`.
-    /// Keeps flags; uses T0 and T1.
-    fn address_into(&mut self, dst: u8, i: &Instruction, with_segment: bool) {
-        let base = i.memory_base();
-        let index = i.memory_index();
-        let asz64 = if base != Register::None {
-            base.size() == 8
-        } else if index != Register::None {
-            index.size() == 8
-        } else {
-            self.code64 && i.memory_displ_size() == 8 || i.memory_displacement64() > 0xffff_ffff
-        };
-        let disp = i.memory_displacement64();
-        if base.is_ip() || (base == Register::None && index == Register::None) {
-            let addr = if self.code64 {
-                disp
-            } else {
-                disp & 0xffff_ffff
-            };
-            self.e.mov_imm(dst, addr);
-        } else {
-            let mut a = Address {
-                disp: disp as u32 as i32,
-                ..Address::default()
-            };
-            if let Some((g, _)) = gpr_of(base) {
-                a.base = Some(match host_reg(g) {
-                    Some(h) => h,
-                    None => {
-                        self.e.load(T0, gpr(g));
-                        T0
-                    }
-                });
-            }
-            if let Some((g, _)) = gpr_of(index) {
-                let h = match host_reg(g) {
-                    Some(h) => h,
-                    None => {
-                        self.e.load(T1, gpr(g));
-                        T1
-                    }
-                };
-                a.index = Some((h, i.memory_index_scale().trailing_zeros() as u8));
-            }
-            self.e.lea(dst, a, asz64);
-        }
-        let seg = match i.memory_segment() {
-            Register::FS => Some(pyrite_x86::sreg::FS),
-            Register::GS => Some(pyrite_x86::sreg::GS),
-            _ => None,
-        };
-        if with_segment && let Some(s) = seg {
-            self.e.load(T1, layout::seg_base(s));
-            let a = Address {
-                base: Some(dst),
-                index: Some((T1, 0)),
-                disp: 0,
-            };
-            self.e.lea(dst, a, self.code64);
-        }
-    }
-
-    /// Soft-TLB check of the instruction's memory operand. Afterwards `[T1 + T0]` is the operand.
-    fn check(&mut self, i: &Instruction, size: usize, write: bool, flags_live: bool) {
-        let i = *i;
-        self.check_with(i.ip(), size, write, flags_live, |f| {
-            f.address_into(T0, &i, true)
-        });
-    }
-
-    fn check_with(
-        &mut self,
-        rip: u64,
-        size: usize,
-        write: bool,
-        flags_live: bool,
-        address: impl FnOnce(&mut Self),
-    ) {
-        if flags_live {
-            self.e.save_flags();
-        }
-        let retry = self.e.here();
-        address(self);
-        if self.host.bmi2 {
-            self.e.pext_frame(T1, T0, layout::TLB_MASK);
-        } else {
-            self.e.mov(T1, T0, false);
-            self.e.shr32(T1, 12);
-            self.e.and32(T1, (1 << TLB_BITS) - 1);
-        }
-        let tags = if write {
-            layout::tlb_write(self.view)
-        } else {
-            layout::tlb_read(self.view)
-        };
-        self.e.table_op(0x33, T0, tags);
-        self.e.cmp_imm(T0, 4096 - size as i32);
-        let at = self.e.label();
-        self.e.jcc(7, at);
-        self.e.table_op(0x8b, T1, layout::tlb_host(self.view));
-        if flags_live {
-            self.e.restore_flags();
-        }
-        let mut desc = size as u32 | u32::from(write) << 8 | (self.view as u32) << 16;
-        if flags_live {
-            desc |= super::stubs::DESC_FLAGS_SAVED;
-        }
-        self.cold.push(Cold::Slow {
-            at,
-            retry,
-            tags,
-            desc,
-            rip,
-        });
-    }
-
-    /// Size in bytes of a stack slot.
-    fn slot(&self) -> usize {
-        if self.code64 { 8 } else { 4 }
-    }
-
-    /// Checks the slot below the stack pointer for writing: `[T1 + T0]`.
-    fn push_check(&mut self, rip: u64, flags_live: bool) {
-        let n = self.slot();
-        let w = self.code64;
-        self.check_with(rip, n, true, flags_live, |f| {
-            let a = Address {
-                base: Some(HOST_SP),
-                index: None,
-                disp: -(n as i32),
-            };
-            f.e.lea(T0, a, w);
-        });
-    }
-
-    /// Checks the slot at the stack pointer for reading.
-    fn pop_check(&mut self, rip: u64, base: u8, flags_live: bool) {
-        let (n, w) = (self.slot(), self.code64);
-        self.check_with(rip, n, false, flags_live, |f| f.e.mov(T0, base, w));
-    }
-
-    fn move_sp(&mut self, by: i32) {
-        let a = Address {
-            base: Some(HOST_SP),
-            index: None,
-            disp: by,
-        };
-        self.e.lea(HOST_SP, a, self.code64);
-    }
-
-    const OPERAND: Address = Address {
-        base: Some(T1),
-        index: Some((T0, 0)),
-        disp: 0,
-    };
-
-    fn push_const(&mut self, rip: u64, value: u64, flags_live: bool) {
-        let (n, w) = (self.slot() as i32, self.code64);
-        self.push_check(rip, flags_live);
-        let small = if w {
-            i32::try_from(value as i64).ok()
-        } else {
-            Some(value as u32 as i32)
-        };
-        if let Some(v) = small {
-            self.e.store_mem_imm(Self::OPERAND, v, w);
-        } else {
-            self.e.lea(T1, Self::OPERAND, true);
-            self.e.mov_imm(T0, value);
-            self.e.store_mem(
-                Address {
-                    base: Some(T1),
-                    ..Address::default()
-                },
-                T0,
-                w,
-            );
-        }
-        self.move_sp(-n);
-    }
-
-    /// Pushes what is in a frame slot.
-    fn push_frame(&mut self, rip: u64, at: usize, flags_live: bool) {
-        let (n, w) = (self.slot() as i32, self.code64);
-        self.push_check(rip, flags_live);
-        self.e.lea(T1, Self::OPERAND, true);
-        self.e.load(T0, at);
-        self.e.store_mem(
-            Address {
-                base: Some(T1),
-                ..Address::default()
-            },
-            T0,
-            w,
-        );
-        self.move_sp(-n);
-    }
-
-    /// PUSH, POP and LEAVE.
-    fn stack(&mut self, d: &Decoded) {
-        let i = &d.i;
-        let live = d.live != 0;
-        let (n, w) = (self.slot() as i32, self.code64);
-        match i.mnemonic() {
-            Mnemonic::Push => match i.op0_kind() {
-                OpKind::Register => {
-                    let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
-                    match host_reg(g) {
-                        Some(h) => {
-                            self.push_check(i.ip(), live);
-                            self.e.store_mem(Self::OPERAND, h, w);
-                            self.move_sp(-n);
-                        }
-                        None => self.push_frame(i.ip(), gpr(g), live),
-                    }
-                }
-                OpKind::Memory => {
-                    self.check(i, n as usize, false, live);
-                    self.e.load_mem(T0, Self::OPERAND, w);
-                    self.e.store(layout::VALUE, T0);
-                    self.push_frame(i.ip(), layout::VALUE, live);
-                }
-                _ => self.push_const(i.ip(), i.immediate(0), live),
-            },
-            Mnemonic::Pop => {
-                let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
-                self.pop_check(i.ip(), HOST_SP, live);
-                match host_reg(g) {
-                    Some(h) => {
-                        self.e.load_mem(h, Self::OPERAND, w);
-                        if g != SP {
-                            self.move_sp(n);
-                        }
-                    }
-                    None => {
-                        self.e.load_mem(T0, Self::OPERAND, w);
-                        self.e.store(gpr(g), T0);
-                        self.move_sp(n);
-                    }
-                }
-            }
-            _ => {
-                // LEAVE: RSP = RBP + slot, RBP = [RBP].
-                self.pop_check(i.ip(), 5, live);
-                self.e.load_mem(T0, Self::OPERAND, w);
-                self.e.lea(
-                    HOST_SP,
-                    Address {
-                        base: Some(5),
-                        index: None,
-                        disp: n,
-                    },
-                    w,
-                );
-                self.e.mov(5, T0, w);
-            }
-        }
-    }
-
-    fn branch(&mut self, d: &Decoded) {
-        let i = &d.i;
-        let next = self.wrap_ip(i.next_ip());
-        match i.flow_control() {
-            FlowControl::UnconditionalBranch => {
-                let t = self.wrap_ip(i.near_branch_target());
-                self.direct_exit(t);
-            }
-            FlowControl::ConditionalBranch => {
-                let cc = condition(i);
-                let t = self.wrap_ip(i.near_branch_target());
-                self.conditional_exit(cc, t);
-                self.direct_exit(next);
-            }
-            FlowControl::Call => {
-                self.push_const(i.ip(), next, true);
-                let t = self.wrap_ip(i.near_branch_target());
-                self.direct_exit(t);
-            }
-            FlowControl::IndirectCall => {
-                self.load_target(i);
-                self.push_const(i.ip(), next, true);
-                self.e.load(T0, layout::TARGET);
-                self.indirect_exit();
-            }
-            FlowControl::IndirectBranch => {
-                self.load_target(i);
-                self.e.load(T0, layout::TARGET);
-                self.indirect_exit();
-            }
-            _ => {
-                let extra = if i.op_count() == 1 {
-                    i32::from(i.immediate16())
-                } else {
-                    0
-                };
-                let n = self.slot() as i32;
-                self.pop_check(i.ip(), HOST_SP, true);
-                self.e.load_mem(T0, Self::OPERAND, self.code64);
-                self.move_sp(n + extra);
-                self.indirect_exit();
-            }
-        }
-    }
-
-    /// The operand of an indirect branch, to `FrameArea::target`.
-    fn load_target(&mut self, i: &Instruction) {
-        let w = self.code64;
-        if i.op0_kind() == OpKind::Register {
-            let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
-            match host_reg(g) {
-                Some(h) => self.e.store(layout::TARGET, h),
-                None => {
-                    self.e.load(T0, gpr(g));
-                    self.e.store(layout::TARGET, T0);
-                }
-            }
-        } else {
-            self.check(i, self.slot(), false, true);
-            self.e.load_mem(T0, Self::OPERAND, w);
-            self.e.store(layout::TARGET, T0);
-        }
-    }
-
-    /// Goes on at the guest RIP in T0, through the jump cache.
-    fn indirect_exit(&mut self) {
-        if self.host.bmi2 {
-            self.e.pext_frame(T1, T0, layout::JC_MASK_AT);
-        } else {
-            // The flags must survive: they may be live in the target.
-            self.e.save_flags();
-            self.e.mov(T1, T0, false);
-            self.e.and32(T1, layout::JC_MASK as u32);
-            self.e.restore_flags();
-        }
-        self.e.jmp_table(layout::jump_cache(self.view));
-    }
-
-    /// True if a direct link to `target` stays right as long as this block is reachable: it is in
-    /// the same page of the same mapping.
-    fn linkable(&self, target: u64) -> bool {
-        self.options.link && (target ^ self.key.rip) >> 12 == 0
-    }
-
-    fn far_jump(&mut self, target: u64) {
-        self.e.mov_imm(T0, target);
-        let slot = (target & layout::JC_MASK) as usize;
-        self.e.jmp_frame(layout::jump_cache(self.view) + 8 * slot);
-    }
-
-    /// Ends the block by going on at `target`.
-    fn direct_exit(&mut self, target: u64) {
-        if self.linkable(target) {
-            let stub = self.new_exit(target);
-            self.e.jmp(stub);
-            self.note_patch();
-        } else {
-            self.far_jump(target);
-        }
-    }
-
-    fn conditional_exit(&mut self, cc: u8, target: u64) {
-        if self.linkable(target) {
-            let stub = self.new_exit(target);
-            self.e.jcc(cc, stub);
-            self.note_patch();
-        } else {
-            let at = self.e.label();
-            self.e.jcc(cc, at);
-            self.cold.push(Cold::JumpFar { at, target });
-        }
-    }
-
-    fn new_exit(&mut self, target: u64) -> Label {
-        let at = self.e.label();
-        let exit = self.exits.len();
-        self.exits.push((
-            Exit {
-                target,
-                patch_at: 0,
-                stub_at: 0,
-                linked: None,
-                owner: 0,
-            },
-            at,
-            0,
-        ));
-        self.cold.push(Cold::ExitStub { at, exit });
-        at
-    }
-
-    /// Remembers the rel32 just emitted as the last exit's patch place.
-    fn note_patch(&mut self) {
-        let at = self.e.len() - 4;
-        if let Some(x) = self.exits.last_mut() {
-            x.2 = at;
         }
     }
 
@@ -1115,171 +605,20 @@ impl<'a> Front<'a> {
                     self.e.bind(at);
                     self.far_jump(target);
                 }
+                Cold::Waiting { at, rip, shadow } => {
+                    self.e.bind(at);
+                    if shadow {
+                        self.e.store_imm8(layout::SHADOW, 1);
+                    }
+                    self.e.store_imm64(layout::RIP, rip, T0);
+                    self.e.store_imm32(layout::REASON, reason::POLL);
+                    self.e.jmp_frame(layout::STUB_EXIT);
+                }
+                Cold::Interpret { at, rip } => {
+                    self.e.bind(at);
+                    self.interpret_at(rip);
+                }
             }
         }
     }
-}
-
-/// Condition code of a Jcc.
-fn condition(i: &Instruction) -> u8 {
-    use iced_x86::ConditionCode as C;
-    match i.condition_code() {
-        C::o => 0,
-        C::no => 1,
-        C::b => 2,
-        C::ae => 3,
-        C::e => 4,
-        C::ne => 5,
-        C::be => 6,
-        C::a => 7,
-        C::s => 8,
-        C::ns => 9,
-        C::p => 10,
-        C::np => 11,
-        C::l => 12,
-        C::ge => 13,
-        C::le => 14,
-        _ => 15,
-    }
-}
-
-/// PUSH, POP and LEAVE forms that the translator does itself, for the mode's slot size.
-fn stack_op(i: &Instruction, code64: bool) -> bool {
-    match i.code() {
-        Code::Push_r64
-        | Code::Pushq_imm8
-        | Code::Pushq_imm32
-        | Code::Push_rm64
-        | Code::Pop_r64
-        | Code::Leaveq => code64,
-        Code::Push_r32
-        | Code::Pushd_imm8
-        | Code::Pushd_imm32
-        | Code::Push_rm32
-        | Code::Pop_r32
-        | Code::Leaved => !code64,
-        _ => false,
-    }
-}
-
-/// Instructions without architectural effect.
-fn is_hint(m: Mnemonic) -> bool {
-    matches!(
-        m,
-        Mnemonic::Nop
-            | Mnemonic::Pause
-            | Mnemonic::Endbr32
-            | Mnemonic::Endbr64
-            | Mnemonic::Prefetchnta
-            | Mnemonic::Prefetcht0
-            | Mnemonic::Prefetcht1
-            | Mnemonic::Prefetcht2
-            | Mnemonic::Prefetchw
-            | Mnemonic::Prefetch
-            | Mnemonic::Prefetchwt1
-            | Mnemonic::Reservednop
-    )
-}
-
-/// Shifts and rotates leave the flags alone when the masked count is zero.
-fn may_keep_flags(i: &Instruction) -> bool {
-    match i.mnemonic() {
-        Mnemonic::Shl
-        | Mnemonic::Sal
-        | Mnemonic::Shr
-        | Mnemonic::Sar
-        | Mnemonic::Rol
-        | Mnemonic::Ror
-        | Mnemonic::Rcl
-        | Mnemonic::Rcr => match i.op1_kind() {
-            OpKind::Immediate8 => i.immediate8() & 0x1f == 0,
-            _ => true,
-        },
-        Mnemonic::Shld | Mnemonic::Shrd => match i.op2_kind() {
-            OpKind::Immediate8 => i.immediate8_2nd() & 0x1f == 0 || i.immediate8() & 0x1f == 0,
-            _ => true,
-        },
-        _ => false,
-    }
-}
-
-/// Short forms that do not exist in 64-bit code become their long twins.
-fn normalise(i: &mut Instruction) {
-    let code = match i.code() {
-        Code::Inc_r32 => Code::Inc_rm32,
-        Code::Inc_r16 => Code::Inc_rm16,
-        Code::Dec_r32 => Code::Dec_rm32,
-        Code::Dec_r16 => Code::Dec_rm16,
-        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
-        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
-        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
-        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
-        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
-        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
-        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
-        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
-        _ => return,
-    };
-    i.set_code(code);
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fpu {
-    None,
-    X87,
-    Sse,
-}
-
-fn uses_mask(i: &Instruction) -> bool {
-    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_k())
-}
-
-fn uses_vector(i: &Instruction) -> bool {
-    if matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) {
-        return true;
-    }
-    (0..i.op_count()).any(|n| {
-        i.op_kind(n) == OpKind::Register && {
-            let r = i.op_register(n);
-            r.is_vector_register() || r.is_mm() || r.is_st() || r.is_k()
-        }
-    })
-}
-
-/// Which unit a legacy-encoded instruction needs.
-fn fpu_kind(i: &Instruction) -> Fpu {
-    use iced_x86::CpuidFeature as F;
-    let vector = (0..i.op_count())
-        .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_vector_register());
-    if vector {
-        return Fpu::Sse;
-    }
-    let mm =
-        (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
-    if mm {
-        return Fpu::X87;
-    }
-    for f in i.cpuid_features() {
-        match f {
-            F::FPU | F::FPU287 | F::FPU387 | F::FPU287XL_ONLY | F::MMX => return Fpu::X87,
-            F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 => {
-                return match i.mnemonic() {
-                    // Integer and fence instructions that came with SSE.
-                    Mnemonic::Movnti
-                    | Mnemonic::Lfence
-                    | Mnemonic::Mfence
-                    | Mnemonic::Sfence
-                    | Mnemonic::Prefetchnta
-                    | Mnemonic::Prefetcht0
-                    | Mnemonic::Prefetcht1
-                    | Mnemonic::Prefetcht2
-                    | Mnemonic::Pause => Fpu::None,
-                    Mnemonic::Fisttp => Fpu::X87,
-                    _ => Fpu::Sse,
-                };
-            }
-            _ => {}
-        }
-    }
-    Fpu::None
 }

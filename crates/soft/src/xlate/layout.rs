@@ -37,6 +37,10 @@ pub struct FrameArea {
     pub fpu_live: u32,
     /// Component mask for XSAVE and XRSTOR.
     pub xsave_mask: u32,
+    /// Not 0: an interrupt waits for IF.
+    pub irq_waiting: u32,
+    /// Keeps the layout explicit.
+    pub reserved0: u32,
     /// PEXT masks for the soft-TLB slot and the jump-cache entry.
     pub tlb_mask: u64,
     /// See `tlb_mask`.
@@ -86,6 +90,9 @@ pub const XSAVE: usize = C + offset_of!(CpuState, xsave);
 pub const fn seg_base(n: usize) -> usize {
     C + offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, base)
 }
+pub const RFLAGS: usize = C + offset_of!(CpuState, rflags);
+pub const SHADOW: usize = C + offset_of!(CpuState, interrupt_shadow);
+pub const IRQ_WAITING: usize = X + offset_of!(FrameArea, irq_waiting);
 pub const EXIT_REQUEST: usize = offset_of!(Frame, exit_request);
 pub const FLAGS: usize = X + offset_of!(FrameArea, flags);
 pub const HOST_RSP: usize = X + offset_of!(FrameArea, host_rsp);
