@@ -30,12 +30,18 @@ pub fn check_request(
 }
 
 fn check_writable(info: &DiskInfo) -> Result<(), DiskError> {
-    if info.read_only { Err(DiskError::ReadOnly) } else { Ok(()) }
+    if info.read_only {
+        Err(DiskError::ReadOnly)
+    } else {
+        Ok(())
+    }
 }
 
 fn check_range(info: &DiskInfo, offset: u64, len: u64) -> Result<(), DiskError> {
     let block = u64::from(info.block_bytes.max(1));
-    let inside = offset.checked_add(len).is_some_and(|end| end <= info.size_bytes);
+    let inside = offset
+        .checked_add(len)
+        .is_some_and(|end| end <= info.size_bytes);
     if inside && offset.is_multiple_of(block) && len.is_multiple_of(block) {
         Ok(())
     } else {

@@ -35,7 +35,9 @@ fn run(
     memory: &Arc<GuestMemory>,
     request: BlockRequest,
 ) -> Result<(), DiskError> {
-    start(disk, memory, request).recv().expect("called exactly once")
+    start(disk, memory, request)
+        .recv()
+        .expect("called exactly once")
 }
 
 /// Everything below.
@@ -71,7 +73,10 @@ fn scatter(random: &mut Random, len: u64) -> Vec<IoBuf> {
     let mut page = 0;
     while left > 0 {
         let n = (1 + random.below(3000)).min(left);
-        bufs.push(IoBuf { gpa: page * 8192 + random.below(4096), len: n as u32 });
+        bufs.push(IoBuf {
+            gpa: page * 8192 + random.below(4096),
+            len: n as u32,
+        });
         left -= n;
         page += 1;
     }
@@ -108,7 +113,10 @@ pub fn check_model(make: MakeDisk<'_>, seed: u64) {
             }
             3..=5 => {
                 let bufs = scatter(&mut random, len);
-                let request = BlockRequest::Read { offset, bufs: bufs.clone() };
+                let request = BlockRequest::Read {
+                    offset,
+                    bufs: bufs.clone(),
+                };
                 run(&*disk, &memory, request).expect("read");
                 let mut read = Vec::new();
                 for buf in &bufs {
@@ -120,7 +128,11 @@ pub fn check_model(make: MakeDisk<'_>, seed: u64) {
             }
             6 => {
                 let may_unmap = random.below(2) == 0;
-                let request = BlockRequest::WriteZeroes { offset, len, may_unmap };
+                let request = BlockRequest::WriteZeroes {
+                    offset,
+                    len,
+                    may_unmap,
+                };
                 run(&*disk, &memory, request).expect("write zeroes");
                 model[range].fill(0);
             }
@@ -128,7 +140,11 @@ pub fn check_model(make: MakeDisk<'_>, seed: u64) {
                 run(&*disk, &memory, BlockRequest::Discard { offset, len }).expect("discard");
                 run(&*disk, &memory, BlockRequest::Flush).expect("flush");
                 // What discarded blocks read as is not promised: make it known again.
-                let request = BlockRequest::WriteZeroes { offset, len, may_unmap: false };
+                let request = BlockRequest::WriteZeroes {
+                    offset,
+                    len,
+                    may_unmap: false,
+                };
                 run(&*disk, &memory, request).expect("write zeroes");
                 model[range].fill(0);
             }
@@ -139,7 +155,10 @@ pub fn check_model(make: MakeDisk<'_>, seed: u64) {
 
 fn read_all(disk: &dyn BlockBackend, memory: &Arc<GuestMemory>) -> Vec<u8> {
     let size = disk.info().size_bytes;
-    let bufs = vec![IoBuf { gpa: 0, len: size as u32 }];
+    let bufs = vec![IoBuf {
+        gpa: 0,
+        len: size as u32,
+    }];
     run(disk, memory, BlockRequest::Read { offset: 0, bufs }).expect("read all");
     let mut all = vec![0; size as usize];
     memory.read(0, &mut all).expect("RAM");
@@ -156,7 +175,11 @@ pub fn check_parallel(make: MakeDisk<'_>) {
         let gpa = n * 512;
         memory.write(gpa, &[n as u8; 512]).expect("RAM");
         let bufs = vec![IoBuf { gpa, len: 512 }];
-        let request = BlockRequest::Write { offset: n * 512, bufs, fua: false };
+        let request = BlockRequest::Write {
+            offset: n * 512,
+            bufs,
+            fua: false,
+        };
         waiting.push(start(&*disk, &memory, request));
     }
     for receiver in waiting {
@@ -166,7 +189,11 @@ pub fn check_parallel(make: MakeDisk<'_>) {
     run(&*disk, &memory, BlockRequest::Flush).expect("flush");
     memory.fill_zero(0, SIZE).expect("RAM");
     let all = read_all(&*disk, &memory);
-    assert!(all.chunks(512).enumerate().all(|(n, c)| c.iter().all(|b| *b == n as u8)));
+    assert!(
+        all.chunks(512)
+            .enumerate()
+            .all(|(n, c)| c.iter().all(|b| *b == n as u8))
+    );
     while disk.in_flight() != 0 {
         std::thread::yield_now();
     }
@@ -178,13 +205,33 @@ pub fn check_limits(make: MakeDisk<'_>) {
     let memory = memory();
     memory.write(0, &[0xaa; 4096]).expect("RAM");
     let buf = |gpa, len| vec![IoBuf { gpa, len }];
-    let out_of_range = [(SIZE, 512), (SIZE - 512, 1024), (u64::MAX - 511, 512), (1, 512), (0, 100)];
+    let out_of_range = [
+        (SIZE, 512),
+        (SIZE - 512, 1024),
+        (u64::MAX - 511, 512),
+        (1, 512),
+        (0, 100),
+    ];
     for (offset, len) in out_of_range {
         for request in [
-            BlockRequest::Read { offset, bufs: buf(0, len) },
-            BlockRequest::Write { offset, bufs: buf(0, len), fua: false },
-            BlockRequest::Discard { offset, len: u64::from(len) },
-            BlockRequest::WriteZeroes { offset, len: u64::from(len), may_unmap: true },
+            BlockRequest::Read {
+                offset,
+                bufs: buf(0, len),
+            },
+            BlockRequest::Write {
+                offset,
+                bufs: buf(0, len),
+                fua: false,
+            },
+            BlockRequest::Discard {
+                offset,
+                len: u64::from(len),
+            },
+            BlockRequest::WriteZeroes {
+                offset,
+                len: u64::from(len),
+                may_unmap: true,
+            },
         ] {
             let outcome = run(&*disk, &memory, request.clone());
             assert!(
@@ -193,17 +240,49 @@ pub fn check_limits(make: MakeDisk<'_>) {
             );
         }
     }
-    let zeroes = BlockRequest::WriteZeroes { offset: 512, len: u64::MAX - 511, may_unmap: false };
-    assert!(matches!(run(&*disk, &memory, zeroes), Err(DiskError::OutOfRange { .. })));
+    let zeroes = BlockRequest::WriteZeroes {
+        offset: 512,
+        len: u64::MAX - 511,
+        may_unmap: false,
+    };
+    assert!(matches!(
+        run(&*disk, &memory, zeroes),
+        Err(DiskError::OutOfRange { .. })
+    ));
     for gpa in [RAM, RAM - 256, u64::MAX - 100] {
-        let write = BlockRequest::Write { offset: 0, bufs: buf(gpa, 512), fua: false };
-        assert!(matches!(run(&*disk, &memory, write), Err(DiskError::BadBuffer)));
-        let read = BlockRequest::Read { offset: 0, bufs: buf(gpa, 512) };
-        assert!(matches!(run(&*disk, &memory, read), Err(DiskError::BadBuffer)));
+        let write = BlockRequest::Write {
+            offset: 0,
+            bufs: buf(gpa, 512),
+            fua: false,
+        };
+        assert!(matches!(
+            run(&*disk, &memory, write),
+            Err(DiskError::BadBuffer)
+        ));
+        let read = BlockRequest::Read {
+            offset: 0,
+            bufs: buf(gpa, 512),
+        };
+        assert!(matches!(
+            run(&*disk, &memory, read),
+            Err(DiskError::BadBuffer)
+        ));
     }
     // Nothing at the very end is a request, and so is nothing in no buffers.
-    run(&*disk, &memory, BlockRequest::Read { offset: SIZE, bufs: vec![] }).expect("empty read");
-    let empty = BlockRequest::Write { offset: 0, bufs: buf(RAM, 0), fua: true };
+    run(
+        &*disk,
+        &memory,
+        BlockRequest::Read {
+            offset: SIZE,
+            bufs: vec![],
+        },
+    )
+    .expect("empty read");
+    let empty = BlockRequest::Write {
+        offset: 0,
+        bufs: buf(RAM, 0),
+        fua: true,
+    };
     run(&*disk, &memory, empty).expect("empty write");
     assert!(read_all(&*disk, &memory).iter().all(|b| *b == 0));
 }
@@ -214,14 +293,36 @@ pub fn check_read_only(make: MakeDisk<'_>) {
     let memory = memory();
     assert!(disk.info().read_only && !disk.info().discard);
     let bufs = vec![IoBuf { gpa: 0, len: 512 }];
-    run(&*disk, &memory, BlockRequest::Read { offset: 0, bufs: bufs.clone() }).expect("read");
+    run(
+        &*disk,
+        &memory,
+        BlockRequest::Read {
+            offset: 0,
+            bufs: bufs.clone(),
+        },
+    )
+    .expect("read");
     run(&*disk, &memory, BlockRequest::Flush).expect("flush");
     for request in [
-        BlockRequest::Write { offset: 0, bufs, fua: false },
-        BlockRequest::Discard { offset: 0, len: 512 },
-        BlockRequest::WriteZeroes { offset: 0, len: 512, may_unmap: false },
+        BlockRequest::Write {
+            offset: 0,
+            bufs,
+            fua: false,
+        },
+        BlockRequest::Discard {
+            offset: 0,
+            len: 512,
+        },
+        BlockRequest::WriteZeroes {
+            offset: 0,
+            len: 512,
+            may_unmap: false,
+        },
     ] {
-        assert!(matches!(run(&*disk, &memory, request), Err(DiskError::ReadOnly)));
+        assert!(matches!(
+            run(&*disk, &memory, request),
+            Err(DiskError::ReadOnly)
+        ));
     }
 }
 
@@ -230,7 +331,16 @@ pub fn check_dirty_log(make: MakeDisk<'_>) {
     let disk = make(SIZE, false);
     let memory = memory();
     memory.start_dirty_log();
-    let bufs = vec![IoBuf { gpa: 0x3000, len: 512 }, IoBuf { gpa: 0x7f00, len: 512 }];
+    let bufs = vec![
+        IoBuf {
+            gpa: 0x3000,
+            len: 512,
+        },
+        IoBuf {
+            gpa: 0x7f00,
+            len: 512,
+        },
+    ];
     run(&*disk, &memory, BlockRequest::Read { offset: 0, bufs }).expect("read");
     let pages = memory.take_dirty_log();
     assert_eq!(pages.first().copied(), Some(1 << 3 | 1 << 7 | 1 << 8));

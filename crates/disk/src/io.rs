@@ -38,7 +38,10 @@ pub(crate) fn transfer(
     for buf in bufs.iter().filter(|b| b.len > 0) {
         let len = u64::from(buf.len);
         let host = memory.host_ptr(buf.gpa, len).ok_or(DiskError::BadBuffer)?;
-        pieces.push(libc::iovec { iov_base: host.cast(), iov_len: buf.len as usize });
+        pieces.push(libc::iovec {
+            iov_base: host.cast(),
+            iov_len: buf.len as usize,
+        });
     }
     let mut next = 0;
     let mut outcome = Ok(());
@@ -136,7 +139,10 @@ pub(crate) fn punch(file: &File, how: Punch, offset: u64, len: u64) -> io::Resul
 /// True if fallocate(2) has said that this file, or this mode, cannot be done.
 pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     // EOPNOTSUPP and ENOTSUP are one number on Linux; block devices also say EINVAL.
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL))
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
+    )
 }
 
 /// The host's error in the terms of a disk.

@@ -40,9 +40,18 @@ impl MemDisk {
             read_only,
             discard: !read_only,
         };
-        let state =
-            State { content, held: None, faults: Vec::new(), requests: 0, flushes: 0 };
-        MemDisk { info, state: Mutex::new(state), in_flight: AtomicUsize::new(0) }
+        let state = State {
+            content,
+            held: None,
+            faults: Vec::new(),
+            requests: 0,
+            flushes: 0,
+        };
+        MemDisk {
+            info,
+            state: Mutex::new(state),
+            in_flight: AtomicUsize::new(0),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -86,11 +95,7 @@ impl MemDisk {
 }
 
 impl State {
-    fn execute(
-        &mut self,
-        memory: &GuestMemory,
-        request: &BlockRequest,
-    ) -> Result<(), DiskError> {
+    fn execute(&mut self, memory: &GuestMemory, request: &BlockRequest) -> Result<(), DiskError> {
         let number = self.requests;
         self.requests += 1;
         if let Some(index) = self.faults.iter().position(|(at, _)| *at == number) {
@@ -102,7 +107,9 @@ impl State {
                 for buf in bufs.iter().filter(|b| b.len > 0) {
                     let end = at + buf.len as usize;
                     let data = self.content.get(at..end).ok_or(DiskError::BadBuffer)?;
-                    memory.write(buf.gpa, data).map_err(|_| DiskError::BadBuffer)?;
+                    memory
+                        .write(buf.gpa, data)
+                        .map_err(|_| DiskError::BadBuffer)?;
                     at = end;
                 }
             }
@@ -111,7 +118,9 @@ impl State {
                 for buf in bufs.iter().filter(|b| b.len > 0) {
                     let end = at + buf.len as usize;
                     let data = self.content.get_mut(at..end).ok_or(DiskError::BadBuffer)?;
-                    memory.read(buf.gpa, data).map_err(|_| DiskError::BadBuffer)?;
+                    memory
+                        .read(buf.gpa, data)
+                        .map_err(|_| DiskError::BadBuffer)?;
                     at = end;
                 }
                 self.flushes += u64::from(*fua);
@@ -120,7 +129,10 @@ impl State {
             BlockRequest::Discard { offset, len }
             | BlockRequest::WriteZeroes { offset, len, .. } => {
                 let range = *offset as usize..(*offset + *len) as usize;
-                self.content.get_mut(range).ok_or(DiskError::BadBuffer)?.fill(0);
+                self.content
+                    .get_mut(range)
+                    .ok_or(DiskError::BadBuffer)?
+                    .fill(0);
             }
         }
         Ok(())

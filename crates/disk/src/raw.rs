@@ -77,7 +77,10 @@ pub enum OpenError {
 }
 
 fn next_size(size_bytes: u64) -> u64 {
-    size_bytes.max(1).checked_next_multiple_of(SECTOR_BYTES).unwrap_or(u64::MAX)
+    size_bytes
+        .max(1)
+        .checked_next_multiple_of(SECTOR_BYTES)
+        .unwrap_or(u64::MAX)
 }
 
 struct Job {
@@ -118,19 +121,29 @@ impl RawDisk {
             .read(true)
             .write(!read_only)
             .open(path)
-            .map_err(|source| OpenError::Open { path: path.into(), source })?;
+            .map_err(|source| OpenError::Open {
+                path: path.into(),
+                source,
+            })?;
         RawDisk::from_file(file, path, read_only)
     }
 
     /// Takes an open file, which must permit writing unless `read_only`. `name` is for messages.
     pub fn from_file(mut file: File, name: &Path, read_only: bool) -> Result<RawDisk, OpenError> {
         let path = || name.to_path_buf();
-        let open = |source| OpenError::Open { path: path(), source };
+        let open = |source| OpenError::Open {
+            path: path(),
+            source,
+        };
         let kind = file.metadata().map_err(open)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::Kind { path: path() });
         }
-        let locked = if read_only { file.try_lock_shared() } else { file.try_lock() };
+        let locked = if read_only {
+            file.try_lock_shared()
+        } else {
+            file.try_lock()
+        };
         match locked {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(OpenError::InUse { path: path() }),
@@ -143,7 +156,10 @@ impl RawDisk {
         // The length in the metadata of a block device is zero.
         let size_bytes = file.seek(SeekFrom::End(0)).map_err(open)?;
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(OpenError::Size { path: path(), size_bytes });
+            return Err(OpenError::Size {
+                path: path(),
+                size_bytes,
+            });
         }
         let info = DiskInfo {
             size_bytes,
@@ -160,13 +176,19 @@ impl RawDisk {
             no_holes: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
         });
-        let mut disk = RawDisk { shared, workers: Vec::new() };
+        let mut disk = RawDisk {
+            shared,
+            workers: Vec::new(),
+        };
         for n in 0..WORKERS {
             let shared = disk.shared.clone();
             let worker = std::thread::Builder::new()
                 .name(format!("disk-{n}"))
                 .spawn(move || shared.work())
-                .map_err(|source| OpenError::Thread { path: path(), source })?;
+                .map_err(|source| OpenError::Thread {
+                    path: path(),
+                    source,
+                })?;
             disk.workers.push(worker);
         }
         Ok(disk)
@@ -197,7 +219,11 @@ impl BlockBackend for RawDisk {
             return done(Err(e));
         }
         self.shared.in_flight.fetch_add(1, Ordering::AcqRel);
-        self.shared.lock().jobs.push_back(Job { memory: memory.clone(), request, done });
+        self.shared.lock().jobs.push_back(Job {
+            memory: memory.clone(),
+            request,
+            done,
+        });
         self.shared.filled.notify_one();
     }
 
@@ -220,12 +246,20 @@ impl Shared {
             if queue.closed {
                 return None;
             }
-            queue = self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue = self
+                .filled
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     fn work(&self) {
-        while let Some(Job { memory, request, done }) = self.next() {
+        while let Some(Job {
+            memory,
+            request,
+            done,
+        }) = self.next()
+        {
             let outcome = self.execute(&memory, request);
             done(outcome);
             // Only now: who waits for zero may rely on every completion having been called.
@@ -244,9 +278,11 @@ impl Shared {
             }
             BlockRequest::Flush => self.flush(),
             BlockRequest::Discard { offset, len } => self.discard(offset, len),
-            BlockRequest::WriteZeroes { offset, len, may_unmap } => {
-                self.write_zeroes(offset, len, may_unmap)
-            }
+            BlockRequest::WriteZeroes {
+                offset,
+                len,
+                may_unmap,
+            } => self.write_zeroes(offset, len, may_unmap),
         }
     }
 
@@ -298,7 +334,9 @@ impl Shared {
         let end = offset + len;
         while at < end {
             let n = (end - at).min(zeroes.len() as u64) as usize;
-            self.file.write_all_at(&zeroes[..n], at).map_err(map_error)?;
+            self.file
+                .write_all_at(&zeroes[..n], at)
+                .map_err(map_error)?;
             at += n as u64;
         }
         Ok(())

@@ -54,21 +54,33 @@ fn raw_disk_second_writer_is_refused() {
     let error = RawDisk::open(&image.0, false).err().unwrap();
     assert!(matches!(error, OpenError::InUse { .. }));
     assert!(error.to_string().contains("in use"), "{error}");
-    assert!(matches!(RawDisk::open(&image.0, true), Err(OpenError::InUse { .. })));
+    assert!(matches!(
+        RawDisk::open(&image.0, true),
+        Err(OpenError::InUse { .. })
+    ));
     drop(writer);
     let _reader = RawDisk::open(&image.0, true).unwrap();
     let _another = RawDisk::open(&image.0, true).unwrap();
-    assert!(matches!(RawDisk::open(&image.0, false), Err(OpenError::InUse { .. })));
+    assert!(matches!(
+        RawDisk::open(&image.0, false),
+        Err(OpenError::InUse { .. })
+    ));
 }
 
 #[test]
 fn raw_disk_odd_size_is_named() {
     let image = Image::new(1000);
     let error = RawDisk::open(&image.0, false).err().unwrap().to_string();
-    assert!(error.contains("1000 bytes") && error.contains("multiple of 512"), "{error}");
+    assert!(
+        error.contains("1000 bytes") && error.contains("multiple of 512"),
+        "{error}"
+    );
     assert!(error.contains("1024"), "{error}");
     let empty = Image::new(0);
-    assert!(matches!(RawDisk::open(&empty.0, false), Err(OpenError::Size { .. })));
+    assert!(matches!(
+        RawDisk::open(&empty.0, false),
+        Err(OpenError::Size { .. })
+    ));
 }
 
 #[test]
@@ -78,13 +90,20 @@ fn raw_disk_directory_and_missing_file_are_refused() {
         Err(OpenError::Kind { .. } | OpenError::Open { .. })
     ));
     let missing = Path::new("/nonexistent/disk.img");
-    assert!(matches!(RawDisk::open(missing, true), Err(OpenError::Open { .. })));
+    assert!(matches!(
+        RawDisk::open(missing, true),
+        Err(OpenError::Open { .. })
+    ));
 }
 
 #[test]
 fn raw_disk_full_host_is_no_space() {
     // A character device is not a disk, but its errors are those of a full file system.
-    let full = File::options().read(true).write(true).open("/dev/full").unwrap();
+    let full = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
     let memory = GuestMemory::new(1 << 20).unwrap();
     let bufs = [IoBuf { gpa: 0, len: 512 }];
     let outcome = crate::io::transfer(&full, &memory, crate::io::Direction::Write, 0, &bufs);
@@ -95,7 +114,12 @@ fn raw_disk_full_host_is_no_space() {
 fn raw_disk_truncated_behind_our_back_fails_the_read() {
     let image = Image::new(4096);
     let disk = RawDisk::open(&image.0, false).unwrap();
-    File::options().write(true).open(&image.0).unwrap().set_len(512).unwrap();
+    File::options()
+        .write(true)
+        .open(&image.0)
+        .unwrap()
+        .set_len(512)
+        .unwrap();
     let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
     let (sender, receiver) = channel();
     let bufs = vec![IoBuf { gpa: 0, len: 4096 }];
@@ -119,13 +143,20 @@ fn raw_disk_drop_finishes_what_was_submitted() {
         let bufs = vec![IoBuf { gpa: 0, len: 512 }];
         disk.submit(
             &memory,
-            BlockRequest::Write { offset: n * 512, bufs, fua: false },
+            BlockRequest::Write {
+                offset: n * 512,
+                bufs,
+                fua: false,
+            },
             Box::new(move |r| sender.send(r.is_ok()).unwrap()),
         );
     }
     drop((disk, sender));
     assert_eq!(receiver.iter().filter(|ok| *ok).count(), 200);
-    assert_eq!(std::fs::read(&image.0).unwrap()[..200 * 512], [7; 200 * 512]);
+    assert_eq!(
+        std::fs::read(&image.0).unwrap()[..200 * 512],
+        [7; 200 * 512]
+    );
 }
 
 #[test]
@@ -135,11 +166,20 @@ fn raw_disk_many_pieces_exceed_one_system_call() {
     let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
     let data: Vec<u8> = (0..4096_u32).map(|n| (n / 3) as u8).collect();
     memory.write(0x1000, &data).unwrap();
-    let bufs = (0..4096).map(|n| IoBuf { gpa: 0x1000 + n, len: 1 }).collect();
+    let bufs = (0..4096)
+        .map(|n| IoBuf {
+            gpa: 0x1000 + n,
+            len: 1,
+        })
+        .collect();
     let (sender, receiver) = channel();
     disk.submit(
         &memory,
-        BlockRequest::Write { offset: 512, bufs, fua: true },
+        BlockRequest::Write {
+            offset: 512,
+            bufs,
+            fua: true,
+        },
         Box::new(move |r| sender.send(r).unwrap()),
     );
     receiver.recv().unwrap().unwrap();
@@ -170,7 +210,11 @@ fn mem_disk_held_requests_wait() {
     let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
     disk.hold(true);
     let (sender, receiver) = channel();
-    disk.submit(&memory, BlockRequest::Flush, Box::new(move |r| sender.send(r).unwrap()));
+    disk.submit(
+        &memory,
+        BlockRequest::Flush,
+        Box::new(move |r| sender.send(r).unwrap()),
+    );
     assert!(receiver.try_recv().is_err());
     assert_eq!(disk.in_flight(), 1);
     disk.hold(false);
