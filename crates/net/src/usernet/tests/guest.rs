@@ -24,20 +24,24 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) struct Card {
     frames: Mutex<VecDeque<Vec<u8>>>,
     arrived: Condvar,
-    /// Every n-th frame is lost, in both directions. Zero: none.
-    pub(super) lose_every: AtomicU32,
-    seen: AtomicU32,
+    /// Every n-th frame to the guest is lost. Zero: none.
+    pub(super) lose_to_guest: AtomicU32,
+    /// Every n-th frame from the guest is lost. Zero: none.
+    pub(super) lose_from_guest: AtomicU32,
+    received: AtomicU32,
+    sent: AtomicU32,
 }
 
 /// More than this and the card has no buffers.
 const CARD_FRAMES: usize = 256;
 
-impl Card {
-    fn loses(&self) -> bool {
-        let n = self.lose_every.load(Ordering::Relaxed);
-        n != 0 && self.seen.fetch_add(1, Ordering::Relaxed) % n == n - 1
-    }
+/// Counts a frame; true if it is the n-th.
+fn loses(every: &AtomicU32, count: &AtomicU32) -> bool {
+    let n = every.load(Ordering::Relaxed);
+    n != 0 && count.fetch_add(1, Ordering::Relaxed) % n == n - 1
+}
 
+impl Card {
     pub(super) fn take(&self) -> Option<Vec<u8>> {
         self.frames.lock().unwrap().pop_front()
     }
@@ -53,7 +57,7 @@ impl Card {
 
 impl FrameSink for Card {
     fn receive(&self, frame: &[u8]) -> bool {
-        if self.loses() {
+        if loses(&self.lose_to_guest, &self.received) {
             return true;
         }
         let mut frames = self.frames.lock().unwrap();
@@ -89,7 +93,8 @@ impl TxToken for Sending<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let mut frame = vec![0; len];
         let result = f(&mut frame);
-        if !self.0.card.loses() {
+        let card = &self.0.card;
+        if !loses(&card.lose_from_guest, &card.sent) {
             self.0.net.transmit(&frame);
         }
         result
