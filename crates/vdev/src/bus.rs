@@ -154,7 +154,7 @@ impl<D: ?Sized> Bus<D> {
                 start,
                 last,
                 name: name.to_owned(),
-                device,
+                target,
             },
         );
         self.map.store(Arc::new(map));
