@@ -16,4 +16,9 @@ macro_rules! passive {
     };
 }
 
+pub mod chipset;
+pub mod debug_ports;
 pub mod irq;
+pub mod pci_host;
+pub mod reset_ports;
+pub mod uart;
