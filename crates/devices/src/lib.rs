@@ -16,9 +16,13 @@ macro_rules! passive {
     };
 }
 
+pub mod acpi_pm;
 pub mod chipset;
 pub mod debug_ports;
+pub mod hpet;
 pub mod irq;
 pub mod pci_host;
+pub mod pit;
 pub mod reset_ports;
+pub mod rtc;
 pub mod uart;
