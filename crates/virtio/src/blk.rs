@@ -55,7 +55,11 @@ pub struct BlkConfig {
 
 impl Default for BlkConfig {
     fn default() -> Self {
-        BlkConfig { serial: String::new(), queues: 1, queue_size: 256 }
+        BlkConfig {
+            serial: String::new(),
+            queues: 1,
+            queue_size: 256,
+        }
     }
 }
 
@@ -90,7 +94,13 @@ impl Blk {
     pub fn new(backend: Arc<dyn BlockBackend>, mut config: BlkConfig) -> Blk {
         config.queues = config.queues.clamp(1, 64);
         config.queue_size = config.queue_size.clamp(4, 1024).next_power_of_two();
-        Blk { backend, config, link: None, writeback: true, counters: Arc::default() }
+        Blk {
+            backend,
+            config,
+            link: None,
+            writeback: true,
+            counters: Arc::default(),
+        }
     }
 
     fn image(&self) -> [u8; 60] {
@@ -110,7 +120,12 @@ impl Blk {
         put(34, &self.config.queues.to_le_bytes());
         put(36, &MAX_RANGE_SECTORS.to_le_bytes());
         put(40, &MAX_RANGES.to_le_bytes());
-        put(44, &physical.saturating_mul(info.block_bytes / 512).to_le_bytes());
+        put(
+            44,
+            &physical
+                .saturating_mul(info.block_bytes / 512)
+                .to_le_bytes(),
+        );
         put(48, &MAX_RANGE_SECTORS.to_le_bytes());
         put(52, &MAX_RANGES.to_le_bytes());
         // write_zeroes_may_unmap
@@ -128,7 +143,11 @@ impl Blk {
                 return;
             }
         };
-        let Parsed { status_gpa, data_written, request } = parsed;
+        let Parsed {
+            status_gpa,
+            data_written,
+            request,
+        } = parsed;
         let answer = Answer {
             link: Arc::clone(link),
             queue,
@@ -141,7 +160,10 @@ impl Blk {
             Request::Read { sector, bufs } => {
                 self.counters.reads.fetch_add(1, Ordering::Relaxed);
                 let offset = sector.saturating_mul(SECTOR_BYTES);
-                self.submit(BlockRequest::Read { offset, bufs }, answer.done(data_written));
+                self.submit(
+                    BlockRequest::Read { offset, bufs },
+                    answer.done(data_written),
+                );
             }
             Request::Write { sector, bufs } => {
                 if info.read_only {
@@ -161,7 +183,9 @@ impl Blk {
                 let serial = self.config.serial.as_bytes();
                 let n = serial.len().min(id.len());
                 id[..n].copy_from_slice(&serial[..n]);
-                let room = id.len().min(usize::try_from(data_written).unwrap_or(usize::MAX));
+                let room = id
+                    .len()
+                    .min(usize::try_from(data_written).unwrap_or(usize::MAX));
                 let n = answer.chain.write_at(memory, 0, &id[..room]);
                 answer.finish(VIRTIO_BLK_S_OK, n as u32);
             }
@@ -227,7 +251,8 @@ impl Answer {
             self.counters.errors.fetch_add(1, Ordering::Relaxed);
         }
         let written = data.saturating_add(1);
-        self.link.push_status(self.queue, self.chain, written, self.status_gpa, status);
+        self.link
+            .push_status(self.queue, self.chain, written, self.status_gpa, status);
         self.link.signal(self.queue);
     }
 
@@ -293,7 +318,10 @@ impl VirtioDevice for Blk {
 
     fn config_write(&mut self, offset: u64, data: &[u8]) {
         // virtio 1.3 §5.2.5.2: the driver may set the cache mode if CONFIG_WCE was negotiated.
-        let allowed = self.link.as_ref().is_some_and(|l| l.has(VIRTIO_BLK_F_CONFIG_WCE));
+        let allowed = self
+            .link
+            .as_ref()
+            .is_some_and(|l| l.has(VIRTIO_BLK_F_CONFIG_WCE));
         if let (true, CONFIG_WRITEBACK, &[mode]) = (allowed, offset, data) {
             self.writeback = mode != 0;
         }
@@ -310,7 +338,9 @@ impl VirtioDevice for Blk {
     }
 
     fn notify(&mut self, queue: usize) {
-        let Some(link) = self.link.clone() else { return };
+        let Some(link) = self.link.clone() else {
+            return;
+        };
         while let Some(chain) = link.pop(queue) {
             self.process(&link, queue, chain);
         }
@@ -330,12 +360,18 @@ impl VirtioDevice for Blk {
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         let size_bytes = self.backend.info().size_bytes;
-        Ok(encode_body(&SavedBlk { writeback: self.writeback, size_bytes }))
+        Ok(encode_body(&SavedBlk {
+            writeback: self.writeback,
+            size_bytes,
+        }))
     }
 
     fn restore(&mut self, body: &[u8], _active: bool) -> Result<(), StateError> {
         let unit = self.link.as_ref().map_or("virtio-blk", |l| l.name());
-        let SavedBlk { writeback, size_bytes } = decode_body(unit, body)?;
+        let SavedBlk {
+            writeback,
+            size_bytes,
+        } = decode_body(unit, body)?;
         let ours = self.backend.info().size_bytes;
         if size_bytes != ours {
             return Err(StateError::Invalid {
@@ -359,7 +395,10 @@ impl VirtioDevice for Blk {
             ("writes", count(&self.counters.writes)),
             ("flushes", count(&self.counters.flushes)),
             ("errors", count(&self.counters.errors)),
-            ("backend_in_flight", Inspect::Uint(self.backend.in_flight() as u64)),
+            (
+                "backend_in_flight",
+                Inspect::Uint(self.backend.in_flight() as u64),
+            ),
         ])
     }
 }

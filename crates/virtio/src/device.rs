@@ -46,7 +46,9 @@ pub trait VirtioDevice: Send {
 /// Fills `data` from a configuration structure image at `offset`; beyond its end is 0.
 pub fn read_config(image: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
-    let Some(from) = usize::try_from(offset).ok().and_then(|o| image.get(o..)) else { return };
+    let Some(from) = usize::try_from(offset).ok().and_then(|o| image.get(o..)) else {
+        return;
+    };
     let n = from.len().min(data.len());
     data[..n].copy_from_slice(&from[..n]);
 }
@@ -56,8 +58,10 @@ pub fn decode_body<'a, T: minicbor::Decode<'a, ()>>(
     unit: &str,
     body: &'a [u8],
 ) -> Result<T, StateError> {
-    minicbor::decode(body)
-        .map_err(|e| StateError::Damaged { unit: unit.to_owned(), detail: e.to_string() })
+    minicbor::decode(body).map_err(|e| StateError::Damaged {
+        unit: unit.to_owned(),
+        detail: e.to_string(),
+    })
 }
 
 /// Encodes a device's saved body.

@@ -28,14 +28,23 @@
 //! thread. Back-end threads enter at the second level and never take the first.
 #![deny(unsafe_code)]
 
+pub mod balloon;
 pub mod blk;
+pub mod console;
 pub mod device;
 pub mod link;
+pub mod net;
 pub mod queue;
+pub mod rng;
 pub mod spec;
 pub mod transport;
+mod worker;
 
+pub use balloon::{Balloon, BalloonControl};
 pub use blk::{Blk, BlkConfig};
+pub use console::{Console, PortBackend, PortConfig, PortSink};
 pub use device::VirtioDevice;
 pub use link::DriverLink;
+pub use net::{Net, NetConfig, NetControl};
+pub use rng::Rng;
 pub use transport::pci::VirtioPciDevice;

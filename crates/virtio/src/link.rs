@@ -8,9 +8,7 @@ use pyrite_vdev::Dma;
 use pyrite_vdev::bus::lock;
 
 use crate::queue::{Chain, InFlight, Queue, QueueError};
-use crate::spec::{
-    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_NEEDS_RESET,
-};
+use crate::spec::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_NEEDS_RESET};
 
 /// How the transport tells the driver something.
 pub trait Signal: Send + Sync {
@@ -52,7 +50,10 @@ impl DriverLink {
             name: name.to_owned(),
             dma,
             memory,
-            queues: queue_sizes.iter().map(|&n| Mutex::new(Queue::new(n))).collect(),
+            queues: queue_sizes
+                .iter()
+                .map(|&n| Mutex::new(Queue::new(n)))
+                .collect(),
             signal,
             status: AtomicU8::new(0),
             features: AtomicU64::new(0),
@@ -147,7 +148,9 @@ impl DriverLink {
 
     /// The device cannot go on until the driver resets it. virtio 1.3 §2.1.2.
     pub fn fail(&self, why: &dyn std::fmt::Display) {
-        let old = self.status.fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::AcqRel);
+        let old = self
+            .status
+            .fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::AcqRel);
         self.errors.fetch_add(1, Ordering::Relaxed);
         if old & VIRTIO_CONFIG_S_NEEDS_RESET == 0 {
             tracing::warn!(device = %self.name, "driver error, device needs reset: {why}");
@@ -172,9 +175,13 @@ impl DriverLink {
         index: usize,
         act: impl FnOnce(&mut Queue, &GuestMemory) -> Result<T, QueueError>,
     ) -> T {
-        let Some(mut q) = self.queue(index) else { return T::default() };
+        let Some(mut q) = self.queue(index) else {
+            return T::default();
+        };
         // Without bus mastering a device neither reads nor writes memory.
-        let Ok(memory) = self.dma.memory() else { return T::default() };
+        let Ok(memory) = self.dma.memory() else {
+            return T::default();
+        };
         match act(&mut q, memory) {
             Ok(v) => v,
             Err(e) => {
@@ -201,7 +208,13 @@ impl DriverLink {
 
     /// True if a chain is there to be taken; the driver notifies otherwise.
     pub fn has_avail(&self, index: usize) -> bool {
-        self.with(index, |q, memory| if self.active() { q.has_avail(memory) } else { Ok(false) })
+        self.with(index, |q, memory| {
+            if self.active() {
+                q.has_avail(memory)
+            } else {
+                Ok(false)
+            }
+        })
     }
 
     /// Gives back the chains taken last (in the order they were taken) as if never taken. Only
@@ -221,7 +234,9 @@ impl DriverLink {
 
     /// Returns a chain without a signal.
     pub fn push(&self, index: usize, chain: Chain, written: u32) {
-        self.with(index, |q, memory| q.push(memory, &chain, written).map(|_| ()));
+        self.with(index, |q, memory| {
+            q.push(memory, &chain, written).map(|_| ())
+        });
     }
 
     /// Returns a chain after writing `status` at `gpa`, in one step with regard to reset.

@@ -133,7 +133,10 @@ fn slice(segments: &[Segment], mut offset: u64, mut len: u64) -> Vec<Segment> {
             break;
         }
         let n = (here - offset).min(len);
-        out.push(Segment { gpa: s.gpa + offset, len: n as u32 });
+        out.push(Segment {
+            gpa: s.gpa + offset,
+            len: n as u32,
+        });
         len -= n;
         offset = 0;
     }
@@ -173,7 +176,10 @@ impl Chain {
     pub fn write_at(&self, memory: &GuestMemory, offset: u64, data: &[u8]) -> usize {
         let mut done = 0;
         for s in slice(&self.writable, offset, data.len() as u64) {
-            if memory.write(s.gpa, &data[done..done + s.len as usize]).is_err() {
+            if memory
+                .write(s.gpa, &data[done..done + s.len as usize])
+                .is_err()
+            {
                 break;
             }
             done += s.len as usize;
@@ -184,14 +190,20 @@ impl Chain {
     pub fn readable_bufs(&self, offset: u64, len: u64) -> Vec<IoBuf> {
         slice(&self.readable, offset, len)
             .into_iter()
-            .map(|s| IoBuf { gpa: s.gpa, len: s.len })
+            .map(|s| IoBuf {
+                gpa: s.gpa,
+                len: s.len,
+            })
             .collect()
     }
     /// The writable part from `offset`, as a transfer list.
     pub fn writable_bufs(&self, offset: u64, len: u64) -> Vec<IoBuf> {
         slice(&self.writable, offset, len)
             .into_iter()
-            .map(|s| IoBuf { gpa: s.gpa, len: s.len })
+            .map(|s| IoBuf {
+                gpa: s.gpa,
+                len: s.len,
+            })
             .collect()
     }
 }
@@ -266,7 +278,10 @@ impl Queue {
     /// Power-on state. Chains taken before are forgotten.
     pub fn reset(&mut self) {
         let epoch = self.epoch + 1;
-        *self = Queue { epoch, ..Queue::new(self.max_size) };
+        *self = Queue {
+            epoch,
+            ..Queue::new(self.max_size)
+        };
     }
 
     /// Largest size.
@@ -341,9 +356,7 @@ impl Queue {
 
     fn check_rings(&self, memory: &GuestMemory) -> Result<(), QueueError> {
         let n = u64::from(self.s.size);
-        if n == 0
-            || self.s.size > self.max_size
-            || (!self.packed && !self.s.size.is_power_of_two())
+        if n == 0 || self.s.size > self.max_size || (!self.packed && !self.s.size.is_power_of_two())
         {
             return Err(QueueError::BadSize(self.s.size));
         }
@@ -370,7 +383,11 @@ impl Queue {
         if !self.s.ready {
             return Ok(None);
         }
-        if self.packed { self.pop_packed(memory) } else { self.pop_split(memory) }
+        if self.packed {
+            self.pop_packed(memory)
+        } else {
+            self.pop_split(memory)
+        }
     }
 
     /// True if a chain is available; arms the driver's notification otherwise.
@@ -378,7 +395,11 @@ impl Queue {
         if !self.s.ready {
             return Ok(false);
         }
-        if self.packed { self.has_avail_packed(memory) } else { Ok(self.avail_split(memory)? > 0) }
+        if self.packed {
+            self.has_avail_packed(memory)
+        } else {
+            Ok(self.avail_split(memory)? > 0)
+        }
     }
 
     /// Gives the chain taken last back, as if it had never been taken.
@@ -432,7 +453,11 @@ impl Queue {
         // The used entries must be visible before the driver's wish is read: a driver that
         // enables interrupts and then looks at the ring must find either the entry or a signal.
         fence(Ordering::SeqCst);
-        if self.packed { self.needs_signal_packed(memory) } else { self.needs_signal_split(memory) }
+        if self.packed {
+            self.needs_signal_packed(memory)
+        } else {
+            self.needs_signal_split(memory)
+        }
     }
 }
 
@@ -481,7 +506,10 @@ impl Collector {
                 return Err(QueueError::ChainTooLarge);
             }
         }
-        let segment = Segment { gpa: d.addr, len: d.len };
+        let segment = Segment {
+            gpa: d.addr,
+            len: d.len,
+        };
         if d.flags & VIRTQ_DESC_F_WRITE != 0 {
             // A descriptor of no bytes says nothing but its direction.
             self.writable.extend((d.len != 0).then_some(segment));

@@ -36,12 +36,20 @@ pub(super) enum RequestError {
 /// What the driver wants.
 #[derive(Debug)]
 pub(super) enum Request {
-    Read { sector: u64, bufs: Vec<IoBuf> },
-    Write { sector: u64, bufs: Vec<IoBuf> },
+    Read {
+        sector: u64,
+        bufs: Vec<IoBuf>,
+    },
+    Write {
+        sector: u64,
+        bufs: Vec<IoBuf>,
+    },
     Flush,
     GetId,
     /// Discard or write-zeroes.
-    Ranges { requests: Vec<BlockRequest> },
+    Ranges {
+        requests: Vec<BlockRequest>,
+    },
     /// Answer with this status.
     Failed(u8),
 }
@@ -74,10 +82,14 @@ impl Request {
         let in_range = sector <= u64::MAX / SECTOR_BYTES;
         let request = match kind {
             VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT if !in_range => Request::Failed(VIRTIO_BLK_S_IOERR),
-            VIRTIO_BLK_T_IN => Request::Read { sector, bufs: chain.writable_bufs(0, room) },
-            VIRTIO_BLK_T_OUT => {
-                Request::Write { sector, bufs: chain.readable_bufs(HEADER_BYTES, data_len) }
-            }
+            VIRTIO_BLK_T_IN => Request::Read {
+                sector,
+                bufs: chain.writable_bufs(0, room),
+            },
+            VIRTIO_BLK_T_OUT => Request::Write {
+                sector,
+                bufs: chain.readable_bufs(HEADER_BYTES, data_len),
+            },
             // virtio 1.3 §5.2.6.1: "A driver MUST set sector to 0 for a VIRTIO_BLK_T_FLUSH
             // request"; nothing depends on it.
             VIRTIO_BLK_T_FLUSH => Request::Flush,
@@ -87,7 +99,11 @@ impl Request {
             }
             _ => Request::Failed(UNSUPP),
         };
-        Ok(Parsed { status_gpa, data_written, request })
+        Ok(Parsed {
+            status_gpa,
+            data_written,
+            request,
+        })
     }
 }
 
@@ -121,7 +137,11 @@ fn parse_ranges(memory: &GuestMemory, chain: &Chain, data_len: u64, discard: boo
         requests.push(if discard {
             BlockRequest::Discard { offset, len }
         } else {
-            BlockRequest::WriteZeroes { offset, len, may_unmap: unmap }
+            BlockRequest::WriteZeroes {
+                offset,
+                len,
+                may_unmap: unmap,
+            }
         });
     }
     Request::Ranges { requests }

@@ -19,7 +19,24 @@ const RING_EVENT_FLAGS_DISABLE: u16 = 1;
 const RING_EVENT_FLAGS_DESC: u16 = 2;
 
 fn parse(b: [u8; 16]) -> Descriptor {
-    let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, i0, i1, f0, f1] = b;
+    let [
+        a0,
+        a1,
+        a2,
+        a3,
+        a4,
+        a5,
+        a6,
+        a7,
+        l0,
+        l1,
+        l2,
+        l3,
+        i0,
+        i1,
+        f0,
+        f1,
+    ] = b;
     Descriptor {
         addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
         len: u32::from_le_bytes([l0, l1, l2, l3]),
@@ -37,7 +54,11 @@ impl Queue {
     fn step(&self, (at, wrap): (u16, bool), by: u16) -> (u16, bool) {
         let n = u32::from(at) + u32::from(by);
         let size = u32::from(self.s.size);
-        if n >= size { ((n - size) as u16, !wrap) } else { (n as u16, wrap) }
+        if n >= size {
+            ((n - size) as u16, !wrap)
+        } else {
+            (n as u16, wrap)
+        }
     }
 
     fn is_avail(&self, memory: &GuestMemory) -> Result<bool, QueueError> {
@@ -149,7 +170,11 @@ impl Queue {
                 // reference code in §2.8.21.3).
                 let size = self.s.size;
                 let lap = |(at, wrap): (u16, bool)| {
-                    if wrap == new.1 { at } else { at.wrapping_sub(size) }
+                    if wrap == new.1 {
+                        at
+                    } else {
+                        at.wrapping_sub(size)
+                    }
                 };
                 let event = (off_wrap & 0x7fff, off_wrap >> 15 != 0);
                 Ok(vring_need_event(lap(event), new.0, lap(old)))
@@ -167,7 +192,9 @@ fn walk_indirect(
 ) -> Result<(), QueueError> {
     if table.len % 16 != 0
         || table.len == 0
-        || memory.ram_offset(table.addr, u64::from(table.len)).is_none()
+        || memory
+            .ram_offset(table.addr, u64::from(table.len))
+            .is_none()
     {
         return Err(QueueError::Indirect);
     }

@@ -23,7 +23,24 @@ fn read_descriptor(
     }
     let mut b = [0; 16];
     memory.read(table + 16 * u64::from(index), &mut b)?;
-    let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = b;
+    let [
+        a0,
+        a1,
+        a2,
+        a3,
+        a4,
+        a5,
+        a6,
+        a7,
+        l0,
+        l1,
+        l2,
+        l3,
+        f0,
+        f1,
+        n0,
+        n1,
+    ] = b;
     Ok(Descriptor {
         addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
         len: u32::from_le_bytes([l0, l1, l2, l3]),
@@ -146,7 +163,10 @@ fn walk_indirect(
     if table.len % 16 != 0 || entries == 0 || entries > u32::from(u16::MAX) {
         return Err(QueueError::Indirect);
     }
-    if memory.ram_offset(table.addr, u64::from(table.len)).is_none() {
+    if memory
+        .ram_offset(table.addr, u64::from(table.len))
+        .is_none()
+    {
         return Err(QueueError::Indirect);
     }
     let mut index = 0;

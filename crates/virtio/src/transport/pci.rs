@@ -109,8 +109,12 @@ impl PciSignal {
 
 impl Signal for PciSignal {
     fn queue(&self, index: u16) {
-        let vector =
-            |v: &Vectors| v.queues.get(usize::from(index)).copied().unwrap_or(VIRTIO_MSI_NO_VECTOR);
+        let vector = |v: &Vectors| {
+            v.queues
+                .get(usize::from(index))
+                .copied()
+                .unwrap_or(VIRTIO_MSI_NO_VECTOR)
+        };
         self.raise(vector, ISR_QUEUE);
     }
     fn config(&self) {
@@ -182,7 +186,12 @@ impl VirtioPciDevice {
         for (kind, at, len, extra) in [
             (VIRTIO_PCI_CAP_COMMON_CFG, COMMON_AT, COMMON_BYTES, &[][..]),
             (VIRTIO_PCI_CAP_ISR_CFG, ISR_AT, 4, &[]),
-            (VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE_AT, REGION_BYTES as u32, &[]),
+            (
+                VIRTIO_PCI_CAP_DEVICE_CFG,
+                DEVICE_AT,
+                REGION_BYTES as u32,
+                &[],
+            ),
             (VIRTIO_PCI_CAP_NOTIFY_CFG, NOTIFY_AT, notify_bytes, &step),
         ] {
             config.add_capability(cap::VENDOR, &region(kind, at, len, extra), &[]);

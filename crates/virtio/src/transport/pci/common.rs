@@ -41,9 +41,15 @@ impl VirtioPciDevice {
         let status = self.status();
         let mut put = |at: usize, b: &[u8]| c[at..at + b.len()].copy_from_slice(b);
         put(0, &self.device_feature_select.to_le_bytes());
-        put(4, &half(self.offered(), self.device_feature_select).to_le_bytes());
+        put(
+            4,
+            &half(self.offered(), self.device_feature_select).to_le_bytes(),
+        );
         put(8, &self.driver_feature_select.to_le_bytes());
-        put(12, &half(self.driver_features, self.driver_feature_select).to_le_bytes());
+        put(
+            12,
+            &half(self.driver_features, self.driver_feature_select).to_le_bytes(),
+        );
         put(18, &(self.link.queue_count() as u16).to_le_bytes());
         put(20, &[status, self.link.generation()]);
         put(22, &self.queue_select.to_le_bytes());
@@ -82,7 +88,11 @@ impl VirtioPciDevice {
 
     fn common_write_u16(&mut self, offset: u64, value: u16) {
         // A vector beyond the table reads back as NO_VECTOR: §4.1.5.1.2.
-        let vector = if value < self.vectors { value } else { VIRTIO_MSI_NO_VECTOR };
+        let vector = if value < self.vectors {
+            value
+        } else {
+            VIRTIO_MSI_NO_VECTOR
+        };
         let index = usize::from(self.queue_select);
         match offset {
             CONFIG_MSIX_VECTOR => lock(&self.signal.vectors).config = vector,
@@ -108,10 +118,16 @@ impl VirtioPciDevice {
                 // §2.2.1: no change after FEATURES_OK.
                 let fixed = self.link.status() & VIRTIO_CONFIG_S_FEATURES_OK != 0;
                 if !fixed && self.driver_feature_select < 2 {
-                    set_half(&mut self.driver_features, self.driver_feature_select == 1, value);
+                    set_half(
+                        &mut self.driver_features,
+                        self.driver_feature_select == 1,
+                        value,
+                    );
                 }
             }
-            o if o & !4 == QUEUE_DESC => self.configure_queue(|s| set_half(&mut s.desc, high, value)),
+            o if o & !4 == QUEUE_DESC => {
+                self.configure_queue(|s| set_half(&mut s.desc, high, value))
+            }
             o if o & !4 == QUEUE_DRIVER => {
                 self.configure_queue(|s| set_half(&mut s.driver, high, value));
             }

@@ -50,7 +50,10 @@ impl VirtioPciDevice {
         if self.link.running() || self.link.in_flight() > 0 {
             return Err(StateError::Unsupported {
                 unit: self.unit.clone(),
-                reason: format!("not paused and drained, {} in flight", self.link.in_flight()),
+                reason: format!(
+                    "not paused and drained, {} in flight",
+                    self.link.in_flight()
+                ),
             });
         }
         let device = self.device.save()?;
@@ -59,7 +62,11 @@ impl VirtioPciDevice {
             .collect();
         let status = self.status();
         let v = lock(&self.signal.vectors);
-        let Vectors { isr, config: config_vector, queues: queue_vectors } = &*v;
+        let Vectors {
+            isr,
+            config: config_vector,
+            queues: queue_vectors,
+        } = &*v;
         let saved = SavedVirtioPci {
             device_type: self.device.device_type(),
             config: self.config.save(),
@@ -97,18 +104,28 @@ impl VirtioPciDevice {
             device,
         } = section.decode(KIND, VERSION)?;
         let unit = self.unit.clone();
-        let invalid = |detail: String| StateError::Invalid { unit: unit.clone(), detail };
+        let invalid = |detail: String| StateError::Invalid {
+            unit: unit.clone(),
+            detail,
+        };
         let ours = self.device.device_type();
         if device_type != ours {
-            return Err(invalid(format!("is device type {device_type}, here is type {ours}")));
+            return Err(invalid(format!(
+                "is device type {device_type}, here is type {ours}"
+            )));
         }
         let count = self.link.queue_count();
         if queues.len() != count || queue_vectors.len() != count {
-            return Err(invalid(format!("has {} queues, here are {count}", queues.len())));
+            return Err(invalid(format!(
+                "has {} queues, here are {count}",
+                queues.len()
+            )));
         }
         let missing = negotiated & !self.offered();
         if missing != 0 {
-            return Err(invalid(format!("uses features {missing:#x} that are not offered here")));
+            return Err(invalid(format!(
+                "uses features {missing:#x} that are not offered here"
+            )));
         }
         let vectors = self.vectors;
         let bad = |v: &u16| *v >= vectors && *v != VIRTIO_MSI_NO_VECTOR;
@@ -117,8 +134,11 @@ impl VirtioPciDevice {
         }
         self.reset_device();
         self.config.restore(&config).map_err(&invalid)?;
-        *lock(&self.signal.vectors) =
-            Vectors { isr, config: config_vector, queues: queue_vectors };
+        *lock(&self.signal.vectors) = Vectors {
+            isr,
+            config: config_vector,
+            queues: queue_vectors,
+        };
         self.link.set_features(negotiated);
         let (packed, event_idx, indirect) = self.ring_features();
         for (n, state) in queues.iter().enumerate() {
