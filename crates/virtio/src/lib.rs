@@ -37,6 +37,8 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod spec;
+#[cfg(test)]
+mod testing;
 pub mod transport;
 mod worker;
 

@@ -251,6 +251,8 @@ pub struct Queue {
     indirect: bool,
     /// Used index (split) or position and wrap (packed) when a signal was last considered.
     signalled: Option<(u16, bool)>,
+    /// Something was pushed that the driver has not been told of.
+    unsignalled: bool,
     /// Counts lives: what was taken before a reset must not be returned after it.
     epoch: u64,
 }
@@ -271,6 +273,7 @@ impl Queue {
             event_idx: false,
             indirect: false,
             signalled: None,
+            unsignalled: false,
             epoch: 0,
         }
     }
@@ -350,6 +353,9 @@ impl Queue {
                 });
             }
             self.enable(memory, packed, event_idx, indirect)?;
+            // A signal may have been on its way when the state was saved; once too often is
+            // allowed, once too few is a hang.
+            self.unsignalled = true;
         }
         Ok(())
     }
@@ -442,12 +448,13 @@ impl Queue {
         } else {
             self.push_split(memory, chain.id, written)?;
         }
+        self.unsignalled = true;
         Ok(true)
     }
 
     /// True if the driver wants to hear of what was pushed since the last call.
     pub fn needs_signal(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        if !self.s.ready {
+        if !self.s.ready || !std::mem::take(&mut self.unsignalled) {
             return Ok(false);
         }
         // The used entries must be visible before the driver's wish is read: a driver that

@@ -424,6 +424,9 @@ impl Lifecycle for VirtioPciDevice {
 
     fn start(&mut self) {
         self.link.set_running(true);
+        if self.link.driver_ok() {
+            (0..self.link.queue_count()).for_each(|n| self.link.signal(n));
+        }
         self.device.start();
         self.notify_all();
     }
