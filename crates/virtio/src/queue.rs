@@ -17,7 +17,7 @@ use pyrite_mem::{GuestMemory, MemError};
 mod packed;
 mod split;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 /// LIMIT: descriptors in one chain, the entries of an indirect table included.
 pub const MAX_CHAIN_DESCRIPTORS: usize = 1024;

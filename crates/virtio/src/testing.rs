@@ -39,7 +39,6 @@ impl IrqSink for Line {
 
 /// The driver's side of a split ring.
 pub(crate) struct Ring {
-    pub(crate) index: u16,
     pub(crate) size: u16,
     pub(crate) desc: u64,
     pub(crate) avail: u64,
@@ -170,7 +169,6 @@ impl Bench {
         }
         self.write(28, &1_u16.to_le_bytes());
         self.rings.push(Ring {
-            index,
             size,
             desc,
             avail,
