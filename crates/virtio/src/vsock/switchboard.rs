@@ -158,8 +158,20 @@ impl Switchboard {
     }
 
     fn accept(&mut self) {
-        let Ok((stream, _)) = self.listener.accept() else {
-            return;
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) => {
+                if !matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) {
+                    // Out of descriptors: the caller stays in the backlog, and asking again at
+                    // once would only burn time.
+                    tracing::warn!("vsock caller not accepted: {e}");
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                }
+                return;
+            }
         };
         if stream.set_nonblocking(true).is_err() {
             return;
@@ -371,21 +383,15 @@ impl Switchboard {
         if flushed.is_err() || c.finished() {
             return self.cut(key);
         }
-        // A reply made in this round goes first; the socket stays readable.
-        if ready.readable && self.replies.is_empty() {
-            if self.send_data(link, key).is_err() {
+        if ready.readable {
+            // A reply made in this round goes first; the socket stays readable.
+            if self.replies.is_empty() && self.send_data(link, key).is_err() {
                 return self.cut(key);
             }
         } else if ready.hung_up
             && let Some(c) = self.connections.get_mut(&key)
+            && c.watches_end()
         {
-            if !c.watches_end() {
-                // Broken while its data waits for the guest's credit, or in mid-write.
-                if c.wants_output() {
-                    self.cut(key);
-                }
-                return;
-            }
             c.host_gone = true;
             self.reply(key, OP_SHUTDOWN, SHUTDOWN_F_RECEIVE | SHUTDOWN_F_SEND);
         }
