@@ -327,7 +327,9 @@ impl MemDisk {
         let range = |offset: u64, len: u64| {
             let end = offset.checked_add(len).filter(|e| *e <= size);
             match end {
-                Some(e) if offset % 512 == 0 && len % 512 == 0 => Ok((offset as usize, e as usize)),
+                Some(e) if offset.is_multiple_of(512) && len.is_multiple_of(512) => {
+                    Ok((offset as usize, e as usize))
+                }
                 _ => Err(DiskError::OutOfRange { offset, len }),
             }
         };

@@ -230,6 +230,6 @@ fn restored_guest_hears_that_connections_are_gone() {
 fn noise_neither_panics_nor_hangs() {
     for seed in 0..20 {
         let place = Place::new();
-        fuzz_one(place.device(), u64::MAX & !(1 << 34), &noise(seed, 4000));
+        fuzz_one(place.device(), !((seed & 1) << 34), &noise(seed, 4000));
     }
 }
