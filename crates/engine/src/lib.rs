@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 
+pub mod conformance;
 #[cfg(target_os = "linux")]
 pub mod kvm;
 
