@@ -13,6 +13,9 @@ use std::sync::Arc;
 pub mod conformance;
 #[cfg(target_os = "linux")]
 pub mod kvm;
+#[cfg(target_os = "linux")]
+pub mod probe;
+pub mod saved;
 
 pub use pyrite_x86 as x86;
 use pyrite_x86::CpuState;

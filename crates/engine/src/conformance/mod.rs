@@ -14,6 +14,7 @@ mod asm;
 mod board;
 mod guests;
 mod layout;
+mod probes;
 
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -25,6 +26,7 @@ use pyrite_x86::CpuState;
 use crate::{CpuidEntry, CpuidTable, EngineError, StopReason, Vcpu, Vm, VmConfig};
 use board::Board;
 use layout::Entry;
+pub(crate) use probes::{ProbeGuest, probe_guest};
 
 /// LIMIT: a guest that has not ended by then has failed.
 const TIMEOUT: Duration = Duration::from_secs(10);

@@ -107,9 +107,11 @@ guest!(
         FAULT movl (%rbx), %eax
         movq $0xffff800000000010, %rbx
         FAULT movl %eax, (%rbx)
-        # not canonical: #GP(0), through RSP #SS(0)
+        # not canonical: #GP(0), through RBP #SS(0), and no stack for it: #DF
         movq $0x0000800000000000, %rbx
         FAULT movl (%rbx), %eax
+        movq %rbx, %rbp
+        FAULT movl (%rbp), %eax
         movq %rsp, %rbp
         movq %rbx, %rsp
         movl $(1f - 9b + 0x8000), 0x6000
