@@ -23,7 +23,7 @@ macro_rules! guest {
                 ".macro TRACE v\n movl $\\v, %eax\n outl %eax, $0xf0\n .endm\n",
                 ".macro TRACE_EAX\n outl %eax, $0xf0\n .endm\n",
                 ".macro HOST v\n movb $\\v, %al\n outb %al, $0xe1\n .endm\n",
-                ".macro WINDOW\n sti\n nop\n outb %al, $0x80\n nop\n cli\n .endm\n",
+                ".macro WINDOW\n sti\n nop\n outb %al, $0x80\n nop\n outb %al, $0x80\n cli\n .endm\n",
                 ".macro PASS\n movb $1, %al\n outb %al, $0xf4\n 880: jmp 880b\n .endm\n",
                 ".macro FAULT insn:vararg\n",
                 " movl $(881f - 9b + 0x8000), 0x6000\n movl $(882f - 9b + 0x8000), 0x6004\n",

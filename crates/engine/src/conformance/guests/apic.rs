@@ -151,19 +151,32 @@ guest!(
         xorl %edx, %edx
         wrmsr
         WINDOW
-        # SELF IPI is write-only; EOI takes only zero; 80EH (DFR) does not exist
+        # SELF IPI is write-only; 80EH (DFR) does not exist
         movl $0x83f, %ecx
         FAULT rdmsr
-        movl $0x80b, %ecx
-        movl $1, %eax
-        xorl %edx, %edx
-        FAULT wrmsr
         movl $0x80e, %ecx
         FAULT rdmsr
         # from x2APIC mode there is no way straight to xAPIC mode
         movl $0x1b, %ecx
         rdmsr
         andl $0xfffffbff, %eax
+        FAULT wrmsr
+        PASS
+    "#
+);
+
+// EOI takes only zero in x2APIC mode. Intel SDM Vol. 3A §10.12.1.2.
+guest!(
+    x2apic_eoi,
+    r#"
+    .code64
+        movl $0x1b, %ecx
+        rdmsr
+        orl $0xc00, %eax
+        wrmsr
+        movl $0x80b, %ecx
+        movl $1, %eax
+        xorl %edx, %edx
         FAULT wrmsr
         PASS
     "#
@@ -516,8 +529,9 @@ pub(super) const GUESTS: &[Guest] = &[
         "apic/x2apic",
         || x2apic(),
         1,
-        &[0, 0x131, 0x132, 13, 0, 13, 0, 13, 0, 13, 0],
+        &[0, 0x131, 0x132, 13, 0, 13, 0, 13, 0],
     ),
+    guest("apic/x2apic-eoi", || x2apic_eoi(), 1, &[13, 0]),
     guest(
         "apic/startup-ipi",
         || startup(),
