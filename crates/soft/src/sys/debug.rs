@@ -7,3 +7,12 @@ pub fn data_breakpoints(cpu: &CpuState, lin: u64, len: usize, write: bool) -> u6
     let _ = (cpu, lin, len, write);
     0
 }
+
+/// Instruction breakpoints at CS:RIP (#DB before the instruction). Called when DR7 enables any
+/// breakpoint and RF is clear.
+pub fn before_instruction(
+    v: &mut crate::vcpu::SoftVcpu,
+) -> Result<(), crate::exception::Exception> {
+    let _ = v;
+    Ok(())
+}
