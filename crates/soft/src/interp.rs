@@ -1,5 +1,8 @@
 //! The interpreter.
 
+pub mod operand;
+pub mod stack;
+
 use pyrite_engine::EngineError;
 
 use crate::exception::Trap;
