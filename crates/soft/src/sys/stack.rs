@@ -121,22 +121,3 @@ pub fn set_sp(v: &mut SoftVcpu, sp: u64, mask: u64) {
         sp & mask
     };
 }
-
-/// Width of the current stack pointer as a mask.
-pub fn sp_mask(v: &SoftVcpu) -> u64 {
-    if v.long64() {
-        u64::MAX
-    } else if v.frame.cpu.seg[sreg::SS].db() {
-        0xffff_ffff
-    } else {
-        0xffff
-    }
-}
-
-/// Reads `size` bytes at byte `disp` above the stack pointer without popping.
-pub fn peek(v: &mut SoftVcpu, disp: u64, size: usize) -> Result<u64, Exception> {
-    use crate::sys::seg::SegAccess;
-    let at = v.frame.cpu.gpr[gpr::RSP].wrapping_add(disp) & sp_mask(v);
-    let lin = v.linear(sreg::SS, at, size, SegAccess::Read)?;
-    v.read_uint(lin, size, Priv::Current)
-}
