@@ -209,7 +209,7 @@ fn read_cr(v: &mut SoftVcpu, r: Register) -> Result<u64, Exception> {
         Register::CR2 => v.frame.cpu.cr2,
         Register::CR3 => v.frame.cpu.cr3,
         Register::CR4 => v.frame.cpu.cr4,
-        Register::CR8 => super::local_apic::cr8(v),
+        Register::CR8 => v.shared().apic.cr8(),
         _ => return Err(Exception::UD),
     };
     require_cpl0(v)?;
@@ -234,7 +234,7 @@ fn write_cr(v: &mut SoftVcpu, r: Register, value: u64) -> Result<(), Exception> 
             if value & !0xf != 0 {
                 return Err(Exception::gp(0));
             }
-            super::local_apic::set_cr8(v, value);
+            crate::apic::set_cr8(&v.vm, v.index, value);
             Ok(())
         }
     }

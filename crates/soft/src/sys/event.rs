@@ -9,7 +9,7 @@ use pyrite_x86::{Activity, CpuState, InterruptShadow, Segment, gpr, sreg};
 
 use crate::exception::{Exception, Trap};
 use crate::mmu::Priv;
-use crate::sys::seg::{self, Descriptor, code, null_segment, system};
+use crate::sys::seg::{Descriptor, code, null_segment, system};
 use crate::sys::stack::Frame;
 use crate::sys::task;
 use crate::vcpu::SoftVcpu;

@@ -8,7 +8,7 @@ use crate::interp::stack::{read_stack, stack_mask};
 use crate::sys::far::{self, check_return, leave_to_outer, set_code};
 use crate::sys::seg::V86_ATTR;
 use crate::sys::stack::set_sp;
-use crate::sys::task::{self, Entry};
+use crate::sys::task;
 use crate::vcpu::SoftVcpu;
 
 /// Executes IRET with operands of `size` bytes; `next_rip` is where a nested task goes on.

@@ -393,8 +393,9 @@ impl SoftVcpu {
 
     /// Loads CS in real or virtual-8086 mode. `ip` was checked.
     pub fn load_cs_real(&mut self, selector: u16, ip: u64) {
+        let protected = self.frame.cpu.cr0 & cr0::PE != 0;
         let cs = &mut self.frame.cpu.seg[sreg::CS];
-        if self.frame.cpu.cr0 & cr0::PE != 0 {
+        if protected {
             *cs = Segment::real(selector, V86_ATTR);
         } else {
             cs.base = u64::from(selector) << 4;
