@@ -16,7 +16,7 @@ use crate::exception::Trap;
 use crate::frame::Frame;
 use crate::mmu::TlbNotes;
 use crate::vm::{VcpuShared, VmShared, event, lock};
-use crate::{apic, interp, sys, xlate};
+use crate::{apic, interp, kvmclock, sys, xlate};
 
 /// The frame of this vCPU.
 pub struct FrameRef(NonNull<Frame>);
@@ -118,6 +118,9 @@ impl SoftVcpu {
         self.shared()
             .apic
             .restore(&state.apic, state.msrs.apic_base);
+        self.shared()
+            .apic
+            .set_tsc_adjust(state.msrs.tsc_adjust);
         self.irq_waiting = true;
         self.flush_tlb(false);
     }
@@ -265,6 +268,8 @@ impl Vcpu for SoftVcpu {
         let vm = Arc::clone(&self.vm);
         xlate::prepare_thread();
         self.shared().enter_guest(&vm);
+        // Guest time may have stood still since the last run.
+        kvmclock::refresh(self);
         let reason = self.run_loop();
         self.shared().leave_guest();
         reason
