@@ -231,7 +231,7 @@ impl SoftVcpu {
 
     /// Host address of `len` bytes at `lin` from the soft TLB alone.
     #[inline]
-    fn hit(&self, lin: u64, len: usize, view: View, write: bool) -> Option<*mut u8> {
+    pub(crate) fn hit(&self, lin: u64, len: usize, view: View, write: bool) -> Option<*mut u8> {
         let t = &self.frame.tlb[view as usize];
         let n = slot(lin);
         let tag = if write { t.write[n] } else { t.read[n] };

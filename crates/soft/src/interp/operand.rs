@@ -5,7 +5,7 @@ use pyrite_x86::bits::{cr0, rflags};
 use pyrite_x86::sreg;
 
 use crate::exception::Exception;
-use crate::mmu::Priv;
+use crate::interp::memory;
 use crate::sys::seg::SegAccess;
 use crate::vcpu::SoftVcpu;
 
@@ -172,7 +172,7 @@ pub fn read(v: &mut SoftVcpu, i: &Instruction, op: u32, size: usize) -> Result<u
         OpKind::Register => Ok(read_reg(v, i.op_register(op)) & size_mask(size)),
         OpKind::Memory => {
             let lin = mem_lin(v, i, size, SegAccess::Read)?;
-            v.read_uint(lin, size, Priv::Current)
+            memory::load(v, lin, size)
         }
         OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
             Ok(i.near_branch_target())
@@ -197,7 +197,7 @@ pub fn write(
         }
         OpKind::Memory => {
             let lin = mem_lin(v, i, size, SegAccess::Write)?;
-            v.write_uint(lin, value, size, Priv::Current)
+            memory::store(v, lin, value, size)
         }
         _ => Err(Exception::UD),
     }

