@@ -56,21 +56,101 @@ pub fn handles(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
         mnemonic,
-        Retf | Iret | Iretd | Iretq | Int | Int1 | Int3 | Into | Bound
-            | Syscall | Sysret | Sysretq | Sysenter | Sysexit | Sysexitq | Swapgs
-            | Lgdt | Lidt | Sgdt | Sidt | Lldt | Ltr | Sldt | Str | Smsw | Lmsw | Clts
-            | Lar | Lsl | Verr | Verw | Arpl
-            | Lds | Les | Lfs | Lgs | Lss
-            | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase
-            | Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Hlt
-            | In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd
-            | Rdtsc | Rdtscp | Rdpmc | Rdpid | Cpuid | Rdmsr | Wrmsr
-            | Invlpg | Invpcid | Invd | Wbinvd | Wbnoinvd
-            | Fxsave | Fxsave64 | Fxrstor | Fxrstor64
-            | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xsaves | Xsaves64
-            | Xrstor | Xrstor64 | Xrstors | Xrstors64 | Xgetbv | Xsetbv
-            | Rdpkru | Wrpkru
-            | Monitor | Mwait | Stac | Clac | Vmcall | Vmmcall
+        Retf | Iret
+            | Iretd
+            | Iretq
+            | Int
+            | Int1
+            | Int3
+            | Into
+            | Bound
+            | Syscall
+            | Sysret
+            | Sysretq
+            | Sysenter
+            | Sysexit
+            | Sysexitq
+            | Swapgs
+            | Lgdt
+            | Lidt
+            | Sgdt
+            | Sidt
+            | Lldt
+            | Ltr
+            | Sldt
+            | Str
+            | Smsw
+            | Lmsw
+            | Clts
+            | Lar
+            | Lsl
+            | Verr
+            | Verw
+            | Arpl
+            | Lds
+            | Les
+            | Lfs
+            | Lgs
+            | Lss
+            | Rdfsbase
+            | Rdgsbase
+            | Wrfsbase
+            | Wrgsbase
+            | Cli
+            | Sti
+            | Pushf
+            | Pushfd
+            | Pushfq
+            | Popf
+            | Popfd
+            | Popfq
+            | Hlt
+            | In
+            | Out
+            | Insb
+            | Insw
+            | Insd
+            | Outsb
+            | Outsw
+            | Outsd
+            | Rdtsc
+            | Rdtscp
+            | Rdpmc
+            | Rdpid
+            | Cpuid
+            | Rdmsr
+            | Wrmsr
+            | Invlpg
+            | Invpcid
+            | Invd
+            | Wbinvd
+            | Wbnoinvd
+            | Fxsave
+            | Fxsave64
+            | Fxrstor
+            | Fxrstor64
+            | Xsave
+            | Xsave64
+            | Xsaveopt
+            | Xsaveopt64
+            | Xsavec
+            | Xsavec64
+            | Xsaves
+            | Xsaves64
+            | Xrstor
+            | Xrstor64
+            | Xrstors
+            | Xrstors64
+            | Xgetbv
+            | Xsetbv
+            | Rdpkru
+            | Wrpkru
+            | Monitor
+            | Mwait
+            | Stac
+            | Clac
+            | Vmcall
+            | Vmmcall
     ) || is_absent(mnemonic)
 }
 
@@ -79,16 +159,74 @@ fn is_absent(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
         mnemonic,
-        Rsm | Getsec | Getsecq | Vmclear | Vmfunc | Vmlaunch | Vmptrld | Vmptrst | Vmread
-            | Vmresume | Vmwrite | Vmxoff | Vmxon | Invept | Invvpid
-            | Vmrun | Vmload | Vmsave | Clgi | Stgi | Skinit | Invlpga | Vmgexit
-            | Monitorx | Mwaitx | Umonitor | Umwait | Tpause
-            | Encls | Enclu | Enclv | Pconfig | Seamcall | Seamops | Seamret | Tdcall
-            | Psmash | Pvalidate | Rmpadjust | Rmpupdate | Rmpquery | Invlpgb | Tlbsync
-            | Uiret | Testui | Clui | Stui | Senduipi | Hreset
-            | Lkgs | Erets | Eretu | Rdmsrlist | Wrmsrlist | Wrmsrns
-            | Setssbsy | Clrssbsy | Rstorssp | Saveprevssp | Wrssd | Wrssq | Wrussd | Wrussq
-            | Incsspd | Incsspq | Loadall | Rdpru | Mcommit | Ptwrite
+        Rsm | Getsec
+            | Getsecq
+            | Vmclear
+            | Vmfunc
+            | Vmlaunch
+            | Vmptrld
+            | Vmptrst
+            | Vmread
+            | Vmresume
+            | Vmwrite
+            | Vmxoff
+            | Vmxon
+            | Invept
+            | Invvpid
+            | Vmrun
+            | Vmload
+            | Vmsave
+            | Clgi
+            | Stgi
+            | Skinit
+            | Invlpga
+            | Vmgexit
+            | Monitorx
+            | Mwaitx
+            | Umonitor
+            | Umwait
+            | Tpause
+            | Encls
+            | Enclu
+            | Enclv
+            | Pconfig
+            | Seamcall
+            | Seamops
+            | Seamret
+            | Tdcall
+            | Psmash
+            | Pvalidate
+            | Rmpadjust
+            | Rmpupdate
+            | Rmpquery
+            | Invlpgb
+            | Tlbsync
+            | Uiret
+            | Testui
+            | Clui
+            | Stui
+            | Senduipi
+            | Hreset
+            | Lkgs
+            | Erets
+            | Eretu
+            | Rdmsrlist
+            | Wrmsrlist
+            | Wrmsrns
+            | Setssbsy
+            | Clrssbsy
+            | Rstorssp
+            | Saveprevssp
+            | Wrssd
+            | Wrssq
+            | Wrussd
+            | Wrussq
+            | Incsspd
+            | Incsspq
+            | Loadall
+            | Rdpru
+            | Mcommit
+            | Ptwrite
     )
 }
 
@@ -98,7 +236,8 @@ pub fn claims(i: &Instruction) -> bool {
     match i.mnemonic() {
         Mnemonic::Jmp | Mnemonic::Call => is_far(i.code()),
         Mnemonic::Mov => {
-            is_system_register(i, 0) || (i.op1_kind() == OpKind::Register && is_system_register(i, 1))
+            is_system_register(i, 0)
+                || (i.op1_kind() == OpKind::Register && is_system_register(i, 1))
         }
         Mnemonic::Push | Mnemonic::Pop => is_system_register(i, 0),
         m => handles(m),
@@ -117,8 +256,16 @@ fn is_far(code: Code) -> bool {
     use Code::*;
     matches!(
         code,
-        Jmp_ptr1616 | Jmp_ptr1632 | Jmp_m1616 | Jmp_m1632 | Jmp_m1664
-            | Call_ptr1616 | Call_ptr1632 | Call_m1616 | Call_m1632 | Call_m1664
+        Jmp_ptr1616
+            | Jmp_ptr1632
+            | Jmp_m1616
+            | Jmp_m1632
+            | Jmp_m1664
+            | Call_ptr1616
+            | Call_ptr1632
+            | Call_m1616
+            | Call_m1632
+            | Call_m1664
     )
 }
 
@@ -196,7 +343,11 @@ fn transfer(v: &mut SoftVcpu, i: &Instruction) -> Result<Next, Exception> {
                 Code::Retfd | Code::Retfd_imm16 => 4,
                 _ => 8,
             };
-            let extra = if i.op_count() == 1 { i.immediate16() } else { 0 };
+            let extra = if i.op_count() == 1 {
+                i.immediate16()
+            } else {
+                0
+            };
             far::ret(v, size, extra.into())?;
         }
         Iret => iret::iret(v, 2, next)?,
@@ -225,12 +376,7 @@ fn transfer(v: &mut SoftVcpu, i: &Instruction) -> Result<Next, Exception> {
     Ok(Next::Jumped)
 }
 
-fn software(
-    v: &mut SoftVcpu,
-    vector: u8,
-    origin: Origin,
-    next_rip: u64,
-) -> Result<(), Exception> {
+fn software(v: &mut SoftVcpu, vector: u8, origin: Origin, next_rip: u64) -> Result<(), Exception> {
     event::software(v, vector, origin, next_rip)?;
     v.pending_dr6 |= debug::NO_STEP;
     Ok(())
@@ -320,7 +466,13 @@ fn time_stamp(v: &mut SoftVcpu, with_aux: bool) -> Result<(), Exception> {
 fn bound(v: &mut SoftVcpu, i: &Instruction) -> Result<(), Exception> {
     let size = i.op0_register().size();
     let lin = operand::mem_lin(v, i, 2 * size, SegAccess::Read)?;
-    let extend = |x: u64| if size == 2 { i64::from(x as i16) } else { i64::from(x as i32) };
+    let extend = |x: u64| {
+        if size == 2 {
+            i64::from(x as i16)
+        } else {
+            i64::from(x as i32)
+        }
+    };
     let low = extend(v.read_uint(lin, size, Priv::Current)?);
     let at = v.wrap_system(lin.wrapping_add(size as u64));
     let high = extend(v.read_uint(at, size, Priv::Current)?);

@@ -118,9 +118,7 @@ impl SoftVcpu {
         self.shared()
             .apic
             .restore(&state.apic, state.msrs.apic_base);
-        self.shared()
-            .apic
-            .set_tsc_adjust(state.msrs.tsc_adjust);
+        self.shared().apic.set_tsc_adjust(state.msrs.tsc_adjust);
         self.irq_waiting = true;
         self.flush_tlb(false);
     }

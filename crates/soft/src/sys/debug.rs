@@ -7,10 +7,6 @@ use crate::exception::Exception;
 use crate::sys::event::dr6;
 use crate::vcpu::SoftVcpu;
 
-/// Set in `SoftVcpu::pending_dr6` by an instruction after which TF at its start does not count:
-/// INT n (which clears TF), SYSCALL and SYSRET (which look at the new TF). Never reaches DR6.
-pub const NO_STEP: u64 = 1 << 63;
-
 /// A breakpoint condition of DR7. Intel SDM Vol. 3B §17.2.4.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Condition {
@@ -108,33 +104,23 @@ fn breakpoint_at_rip(v: &SoftVcpu) -> Result<(), Exception> {
     }
 }
 
-/// Debug traps of an instruction that has completed (RIP is past it). `tf_at_start`: TF when it
-/// began. After MOV SS and POP SS they wait for the next instruction, except for the single step.
+/// Debug traps of an instruction that has completed (RIP is past it). `single_step`: TF was set
+/// when it began and it did not enter a handler that cleared it. After MOV SS and POP SS they wait
+/// for the next instruction, except for the single step, which is lost.
 #[inline]
-pub fn after_instruction(v: &mut SoftVcpu, tf_at_start: bool) -> Result<(), Exception> {
-    if !tf_at_start && v.pending_dr6 == 0 {
+pub fn after_instruction(v: &mut SoftVcpu, single_step: bool) -> Result<(), Exception> {
+    if !single_step && v.pending_dr6 == 0 {
         return Ok(());
     }
     if v.frame.cpu.interrupt_shadow == InterruptShadow::MovSs {
-        v.pending_dr6 &= !NO_STEP;
         return Ok(());
     }
-    let pending = std::mem::take(&mut v.pending_dr6);
-    let mut bits = pending & !NO_STEP;
-    if tf_at_start && pending & NO_STEP == 0 {
+    let mut bits = std::mem::take(&mut v.pending_dr6);
+    if single_step {
         bits |= dr6::BS;
     }
     if bits == 0 {
         return Ok(());
     }
     Err(Exception::db(bits))
-}
-
-/// Instruction breakpoints at CS:RIP (#DB before the instruction). Called when DR7 enables any
-/// breakpoint and RF is clear.
-pub fn before_instruction(
-    v: &mut crate::vcpu::SoftVcpu,
-) -> Result<(), crate::exception::Exception> {
-    let _ = v;
-    Ok(())
 }

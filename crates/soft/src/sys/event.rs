@@ -560,4 +560,3 @@ pub fn startup(v: &mut SoftVcpu, vector: u8) {
     c.rip = 0;
     c.activity = Activity::Running;
 }
-

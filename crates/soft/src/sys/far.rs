@@ -64,12 +64,7 @@ fn check_real(v: &SoftVcpu, ip: u64) -> Result<(), Exception> {
 }
 
 /// Far JMP to `selector:offset`; `next_rip` is where a task switch returns to.
-pub fn jump(
-    v: &mut SoftVcpu,
-    selector: u16,
-    offset: u64,
-    next_rip: u64,
-) -> Result<(), Exception> {
+pub fn jump(v: &mut SoftVcpu, selector: u16, offset: u64, next_rip: u64) -> Result<(), Exception> {
     if v.real_or_v86() {
         check_real(v, offset)?;
         v.load_cs_real(selector, offset);

@@ -224,7 +224,7 @@ pub fn switch(
 /// Saves the registers of the outgoing task.
 fn save(v: &mut SoftVcpu, tr: &Segment, l: &Layout, rip: u64) -> Result<(), Exception> {
     let base = tr.base;
-    let mut put = |v: &mut SoftVcpu, at: u64, value: u64, size: usize| {
+    let put = |v: &mut SoftVcpu, at: u64, value: u64, size: usize| {
         v.write_uint(
             v.wrap_system(base.wrapping_add(at)),
             value,

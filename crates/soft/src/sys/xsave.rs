@@ -105,11 +105,10 @@ fn standard_layout(v: &SoftVcpu, mask: u64) -> (Vec<(u32, Component)>, usize) {
 
 /// Components that XCR0 may enable. Intel SDM Vol. 1 §13.3.
 pub fn supported(v: &SoftVcpu) -> u64 {
-    let claimed = v
-        .vm
-        .cpuid
-        .get(0xd, 0)
-        .map_or(X87, |e| u64::from(e.eax) | u64::from(e.edx) << 32);
+    let claimed =
+        v.vm.cpuid
+            .get(0xd, 0)
+            .map_or(X87, |e| u64::from(e.eax) | u64::from(e.edx) << 32);
     bits(claimed)
         .filter(|&n| component(v, n).is_some())
         .fold(claimed & (X87 | SSE), |m, n| m | 1 << n)
@@ -514,9 +513,7 @@ const PKRU: u32 = 9;
 /// PKRU. Intel SDM Vol. 3A §4.6.2.
 pub fn pkru(v: &SoftVcpu) -> u32 {
     match component(v, PKRU) {
-        Some(c) if in_use(v) >> PKRU & 1 != 0 => {
-            get64(&v.frame.cpu.xsave.0, c.host_at) as u32
-        }
+        Some(c) if in_use(v) >> PKRU & 1 != 0 => get64(&v.frame.cpu.xsave.0, c.host_at) as u32,
         _ => 0,
     }
 }
