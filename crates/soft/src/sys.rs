@@ -353,19 +353,16 @@ fn transfer(v: &mut SoftVcpu, i: &Instruction) -> Result<Next, Exception> {
         Iret => iret::iret(v, 2, next)?,
         Iretd => iret::iret(v, 4, next)?,
         Iretq => iret::iret(v, 8, next)?,
-        Int => software(v, i.immediate8(), Origin::IntN, next)?,
-        Int3 => software(v, vector::BP, Origin::Int3, next)?,
-        Int1 => software(v, vector::DB, Origin::Int1, next)?,
+        Int => event::software(v, i.immediate8(), Origin::IntN, next)?,
+        Int3 => event::software(v, vector::BP, Origin::Int3, next)?,
+        Int1 => event::software(v, vector::DB, Origin::Int1, next)?,
         Into => {
             if v.frame.cpu.rflags & rflags::OF == 0 {
                 return Ok(Next::Sequential);
             }
-            software(v, vector::OF, Origin::Int3, next)?;
+            event::software(v, vector::OF, Origin::Int3, next)?;
         }
-        Syscall => {
-            syscall::syscall(v, next)?;
-            step_by_new_tf(v);
-        }
+        Syscall => syscall::syscall(v, next)?,
         Sysret | Sysretq => {
             syscall::sysret(v, i.mnemonic() == Sysretq)?;
             step_by_new_tf(v);
@@ -376,15 +373,8 @@ fn transfer(v: &mut SoftVcpu, i: &Instruction) -> Result<Next, Exception> {
     Ok(Next::Jumped)
 }
 
-fn software(v: &mut SoftVcpu, vector: u8, origin: Origin, next_rip: u64) -> Result<(), Exception> {
-    event::software(v, vector, origin, next_rip)?;
-    v.pending_dr6 |= debug::NO_STEP;
-    Ok(())
-}
-
-/// SYSCALL and SYSRET single-step by the TF that they set. AMD APM Vol. 3, SYSCALL.
+/// SYSRET single-steps by the TF that it sets. AMD APM Vol. 3, SYSRET.
 fn step_by_new_tf(v: &mut SoftVcpu) {
-    v.pending_dr6 |= debug::NO_STEP;
     if v.frame.cpu.rflags & rflags::TF != 0 {
         v.pending_dr6 |= event::dr6::BS;
     }
