@@ -19,7 +19,9 @@ macro_rules! passive {
 pub mod acpi_pm;
 pub mod chipset;
 pub mod debug_ports;
+pub mod fw_cfg;
 pub mod hpet;
+pub mod i8042;
 pub mod irq;
 pub mod pci_host;
 pub mod pit;
