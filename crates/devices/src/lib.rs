@@ -27,4 +27,6 @@ pub mod pci_host;
 pub mod pit;
 pub mod reset_ports;
 pub mod rtc;
+#[cfg(test)]
+mod tests;
 pub mod uart;
