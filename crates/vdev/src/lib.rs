@@ -13,13 +13,14 @@
 
 pub mod bus;
 pub mod clock;
+pub mod conformance;
 pub mod irq;
 pub mod lifecycle;
 pub mod machine;
 pub mod pci;
 
 pub use bus::{AddressDecoder, Bus, MmioDevice, PioDevice};
-pub use clock::{Timer, TimerTarget, VmClock};
+pub use clock::{DeviceTimer, TimedDevice, Timer, TimerTarget, VmClock};
 pub use irq::{IntrSink, IrqLine, IrqSink, MsiMessage, MsiSink};
 pub use lifecycle::Lifecycle;
 pub use machine::MachineEvents;
