@@ -23,6 +23,7 @@ pub mod exception;
 pub mod frame;
 pub mod interp;
 pub mod mmu;
+pub mod signals;
 pub mod sys;
 pub mod vcpu;
 pub mod vm;

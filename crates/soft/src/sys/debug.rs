@@ -8,11 +8,17 @@ pub fn data_breakpoints(cpu: &CpuState, lin: u64, len: usize, write: bool) -> u6
     0
 }
 
-/// Instruction breakpoints at CS:RIP (#DB before the instruction). Called when DR7 enables any
-/// breakpoint and RF is clear.
-pub fn before_instruction(
-    v: &mut crate::vcpu::SoftVcpu,
-) -> Result<(), crate::exception::Exception> {
+/// Instruction breakpoints. Call before the fetch of the instruction at CS:RIP.
+pub fn before_instruction(v: &crate::SoftVcpu) -> Result<(), crate::Exception> {
     let _ = v;
+    Ok(())
+}
+
+/// Debug traps of an instruction that has completed (RIP is past it).
+pub fn after_instruction(
+    v: &mut crate::SoftVcpu,
+    tf_at_start: bool,
+) -> Result<(), crate::Exception> {
+    let _ = (v, tf_at_start);
     Ok(())
 }
