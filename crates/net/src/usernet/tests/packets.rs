@@ -7,8 +7,8 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::{dhcpv4, dns, icmp, udp};
 use smoltcp::wire::{
     DnsQueryType, EthernetAddress, EthernetFrame, EthernetProtocol, Icmpv4DstUnreachable,
-    Icmpv4Packet, Icmpv4Repr, Icmpv6Packet, Icmpv6Repr, IpAddress, IpProtocol, Ipv4Packet,
-    Ipv4Repr, Ipv6Packet, Ipv6Repr, NdiscRepr, UdpPacket, UdpRepr,
+    Icmpv4Message, Icmpv4Packet, Icmpv4Repr, Icmpv6Packet, Icmpv6Repr, IpAddress, IpProtocol,
+    Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr, NdiscRepr, UdpPacket, UdpRepr,
 };
 
 use super::guest::{GUEST_MAC, Guest, PATIENCE, open_config};
