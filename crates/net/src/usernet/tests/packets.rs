@@ -8,7 +8,8 @@ use smoltcp::socket::{dhcpv4, dns, icmp, udp};
 use smoltcp::wire::{
     DnsQueryType, EthernetAddress, EthernetFrame, EthernetProtocol, Icmpv4DstUnreachable,
     Icmpv4Message, Icmpv4Packet, Icmpv4Repr, Icmpv6Packet, Icmpv6Repr, IpAddress, IpProtocol,
-    Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr, NdiscRepr, UdpPacket, UdpRepr,
+    Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr, NdiscRepr, TcpControl, TcpPacket, TcpRepr,
+    TcpSeqNumber, UdpPacket, UdpRepr,
 };
 
 use super::guest::{GUEST_MAC, Guest, PATIENCE, open_config};
@@ -552,4 +553,94 @@ fn hostile_frames_do_no_harm() {
         }
         fuzz_one(&input);
     }
+}
+
+/// A TCP segment from the guest's port 7000.
+fn segment(repr: &TcpRepr<'_>) -> Vec<u8> {
+    let mut out = vec![0; repr.buffer_len()];
+    repr.emit(
+        &mut TcpPacket::new_unchecked(&mut out[..]),
+        &GUEST.into(),
+        &ROUTER.into(),
+        &ChecksumCapabilities::default(),
+    );
+    frame_v4(IpProtocol::Tcp, &out, None)
+}
+
+#[test]
+fn hostile_segments_of_live_connections_do_no_harm() {
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = server.local_addr().unwrap().port();
+    let mut guest = Guest::new(open_config());
+    let mut random = 0x0bad_cafe_dead_beef_u64;
+    let mut next = move |below: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % below
+    };
+    let mut ours = 0;
+    for round in 0..5000 {
+        // Mostly near what the other side expects, which it tells in every answer.
+        while let Some(frame) = guest.card.take() {
+            if let Some(ack) = acknowledged(&frame) {
+                ours = ack;
+            }
+        }
+        let control = match next(8) {
+            0 => TcpControl::Syn,
+            1 => TcpControl::Fin,
+            2 if next(16) == 0 => TcpControl::Rst,
+            _ => TcpControl::Psh,
+        };
+        let body = [7; 1400];
+        let near = next(6000) as i32 - 3000;
+        let ack = (next(10) != 0).then(|| TcpSeqNumber(next(u64::from(u32::MAX)) as u32 as i32));
+        let repr = TcpRepr {
+            src_port: 7000,
+            dst_port: port,
+            control,
+            seq_number: TcpSeqNumber(if next(3) == 0 {
+                ours
+            } else {
+                ours.wrapping_add(near)
+            }),
+            ack_number: if round % 50 == 0 { None } else { ack },
+            window_len: next(65_536) as u16,
+            window_scale: (next(2) == 0).then(|| next(15) as u8),
+            max_seg_size: (next(2) == 0).then(|| next(65_536) as u16),
+            sack_permitted: next(2) == 0,
+            sack_ranges: [None; 3],
+            timestamp: None,
+            payload: &body[..next(1400) as usize],
+        };
+        guest.send_raw(&segment(&repr));
+    }
+    guest.until("all taken", |g| {
+        let c = g.net.inspect().counters;
+        c.frames_from_guest + c.queue_drops >= 5000
+    });
+    assert!(guest.net.inspect().counters.tcp_out > 0);
+    // It still works.
+    let (target, thread) = fake_dns(1);
+    let handle = udp_socket(&mut guest, 5005);
+    let socket = guest.sockets.get_mut::<udp::Socket<'_>>(handle);
+    socket
+        .send_slice(&[0; 12], (ROUTER, target.port()))
+        .unwrap();
+    guest.until("answer", |g| {
+        g.sockets.get_mut::<udp::Socket<'_>>(handle).can_recv()
+    });
+    thread.join().unwrap();
+}
+
+/// The acknowledgement number of a TCP frame.
+fn acknowledged(frame: &[u8]) -> Option<i32> {
+    let frame = EthernetFrame::new_checked(frame).ok()?;
+    let packet = Ipv4Packet::new_checked(frame.payload()).ok()?;
+    if frame.ethertype() != EthernetProtocol::Ipv4 || packet.next_header() != IpProtocol::Tcp {
+        return None;
+    }
+    let tcp = TcpPacket::new_checked(packet.payload()).ok()?;
+    tcp.ack().then(|| tcp.ack_number().0)
 }
