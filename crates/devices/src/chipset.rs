@@ -7,8 +7,8 @@ use pyrite_mem::GuestMemory;
 use pyrite_vdev::bus::{BusOverlap, lock};
 use pyrite_vdev::pci::DoorbellSink;
 use pyrite_vdev::{
-    Bus, IntrSink, IrqLine, IrqSink, Lifecycle, MachineEvents, MmioDevice, MsiSink, PioDevice,
-    VmClock,
+    Bus, IntrSink, IrqLine, IrqSink, Lifecycle, MachineEvents, MmioDevice, MsiSink, PciFunction,
+    PioDevice, VmClock,
 };
 
 use crate::acpi_pm::{self, AcpiPm};
@@ -17,7 +17,9 @@ use crate::fw_cfg::{self, FwCfg};
 use crate::hpet::{Hpet, HpetLines};
 use crate::i8042::{self, I8042};
 use crate::irq::{InterruptRouter, IoApic, IoApicDevice, Pic, PicDevice, SharedLines};
-use crate::pci_host::{self, ConfigPorts, Ecam, IoWindow, MemoryWindow, PciHost, PciHostUnit};
+use crate::pci_host::{
+    self, ConfigPorts, Ecam, IoWindow, MemoryWindow, PciHost, PciHostUnit, SlotError,
+};
 use crate::pit::Pit;
 use crate::reset_ports::{PORT92, RST_CNT, ResetPorts};
 use crate::rtc::Rtc;
@@ -232,6 +234,19 @@ impl Chipset {
             uarts,
             units,
         })
+    }
+
+    /// Plugs a PCI function in and lists it among the units, before the root complex.
+    pub fn plug<T: PciFunction + Lifecycle + 'static>(
+        &mut self,
+        slot: u8,
+        function: u8,
+        device: Arc<Mutex<T>>,
+    ) -> Result<(), SlotError> {
+        self.pci.plug(slot, function, device.clone())?;
+        let root_complex = self.units.len().saturating_sub(1);
+        self.units.insert(root_complex, device);
+        Ok(())
     }
 
     /// Resets every unit, in order.
