@@ -110,6 +110,35 @@ pub fn register_pci(
     mmio.insert_decoder(pci_host::ECAM_START, pci_host::ECAM_BYTES, "pci-ecam", ecam)
 }
 
+/// Debug and reset ports.
+fn add_simple_ports(
+    io: &Bus<dyn PioDevice>,
+    units: &mut Vec<Arc<Mutex<dyn Lifecycle>>>,
+    debugcon: Box<dyn SerialBackend>,
+    events: &Arc<dyn MachineEvents>,
+) -> Result<(), BusOverlap> {
+    let debug = DebugPorts::new(debugcon, Arc::clone(events));
+    let debug = Arc::new(Mutex::new(debug));
+    for (port, name) in [
+        (DEBUG_EXIT, "debug-exit"),
+        (DEBUGCON, "debugcon"),
+        (POST, "post"),
+    ] {
+        io.insert(
+            port.into(),
+            if port == DEBUG_EXIT { 4 } else { 1 },
+            name,
+            debug.clone(),
+        )?;
+    }
+    units.push(debug);
+    let reset = Arc::new(Mutex::new(ResetPorts::new(Arc::clone(events))));
+    io.insert(RST_CNT.into(), 1, "reset-control", reset.clone())?;
+    io.insert(PORT92.into(), 1, "port92", reset.clone())?;
+    units.push(reset);
+    Ok(())
+}
+
 impl Chipset {
     /// Builds the devices and puts them on their buses. All are in their power-on state.
     pub fn build(config: ChipsetConfig) -> Result<Chipset, BusOverlap> {
@@ -184,25 +213,7 @@ impl Chipset {
             units.push(u.clone());
         }
 
-        let debug = DebugPorts::new(config.debugcon, Arc::clone(&config.events));
-        let debug = Arc::new(Mutex::new(debug));
-        for (port, name) in [
-            (DEBUG_EXIT, "debug-exit"),
-            (DEBUGCON, "debugcon"),
-            (POST, "post"),
-        ] {
-            io.insert(
-                port.into(),
-                if port == DEBUG_EXIT { 4 } else { 1 },
-                name,
-                debug.clone(),
-            )?;
-        }
-        units.push(debug);
-        let reset = Arc::new(Mutex::new(ResetPorts::new(Arc::clone(&config.events))));
-        io.insert(RST_CNT.into(), 1, "reset-control", reset.clone())?;
-        io.insert(PORT92.into(), 1, "port92", reset.clone())?;
-        units.push(reset);
+        add_simple_ports(&io, &mut units, config.debugcon, &config.events)?;
 
         let keyboard = I8042::new(line(1), line(12), Arc::clone(&config.events));
         let i8042 = Arc::new(Mutex::new(keyboard));
