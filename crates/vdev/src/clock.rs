@@ -75,7 +75,10 @@ impl Inner {
             .filter(|(_, a)| a.deadline_ns <= now)
             .min_by_key(|(_, a)| a.deadline_ns)?;
         let id = self.armed.swap_remove(n).id;
-        self.targets.iter().find(|(i, _)| *i == id).and_then(|(_, t)| t.upgrade())
+        self.targets
+            .iter()
+            .find(|(i, _)| *i == id)
+            .and_then(|(_, t)| t.upgrade())
     }
 }
 
@@ -89,7 +92,10 @@ impl VmClock {
     pub fn start(&self) {
         let mut i = lock(&self.inner);
         if let Source::Stopped { at_ns } = i.source {
-            i.source = Source::Running { since: Instant::now(), at_ns };
+            i.source = Source::Running {
+                since: Instant::now(),
+                at_ns,
+            };
         }
         self.changed.notify_all();
     }
@@ -117,7 +123,9 @@ impl VmClock {
                 let mut i = lock(&self.inner);
                 let next = i.armed.iter().map(|a| a.deadline_ns).min();
                 let now = i.now();
-                i.source = Source::Stopped { at_ns: next.unwrap_or(end).clamp(now, end) };
+                i.source = Source::Stopped {
+                    at_ns: next.unwrap_or(end).clamp(now, end),
+                };
                 i.take_due()
             };
             match target {
@@ -140,7 +148,10 @@ impl VmClock {
         i.next_id += 1;
         let id = i.next_id;
         i.targets.push((id, target));
-        Timer { clock: Arc::clone(self), id }
+        Timer {
+            clock: Arc::clone(self),
+            id,
+        }
     }
 
     /// Body of the timer thread: fires timers until [`VmClock::shut_down`].
@@ -156,7 +167,12 @@ impl VmClock {
                 continue;
             }
             let now = i.now();
-            let next = i.armed.iter().map(|a| a.deadline_ns).min().filter(|_| running);
+            let next = i
+                .armed
+                .iter()
+                .map(|a| a.deadline_ns)
+                .min()
+                .filter(|_| running);
             i = match next {
                 Some(d) => {
                     let wait = std::time::Duration::from_nanos(d.saturating_sub(now));
@@ -165,9 +181,10 @@ impl VmClock {
                         .unwrap_or_else(std::sync::PoisonError::into_inner)
                         .0
                 }
-                None => {
-                    self.changed.wait(i).unwrap_or_else(std::sync::PoisonError::into_inner)
-                }
+                None => self
+                    .changed
+                    .wait(i)
+                    .unwrap_or_else(std::sync::PoisonError::into_inner),
             };
         }
     }
@@ -190,7 +207,10 @@ impl Timer {
     pub fn arm(&self, deadline_ns: u64) {
         let mut i = lock(&self.clock.inner);
         i.armed.retain(|a| a.id != self.id);
-        i.armed.push(Armed { deadline_ns, id: self.id });
+        i.armed.push(Armed {
+            deadline_ns,
+            id: self.id,
+        });
         self.clock.changed.notify_all();
     }
     /// Takes the deadline back. A call of `fire` that has begun still finishes.
@@ -208,5 +228,53 @@ impl Drop for Timer {
         let mut i = lock(&self.clock.inner);
         i.armed.retain(|a| a.id != self.id);
         i.targets.retain(|(id, _)| *id != self.id);
+    }
+}
+
+/// A device behind a mutex that owns timers.
+pub trait TimedDevice: Send {
+    /// One of the device's deadlines has come. `now_ns` is the clock at the call.
+    fn timer_fired(&mut self, now_ns: u64);
+}
+
+struct DeviceTarget<T: TimedDevice>(Weak<Mutex<T>>);
+
+impl<T: TimedDevice> TimerTarget for DeviceTarget<T> {
+    fn fire(&self, now_ns: u64) {
+        if let Some(d) = self.0.upgrade() {
+            lock(&d).timer_fired(now_ns);
+        }
+    }
+}
+
+/// A [`Timer`] that calls the device which owns it, with the device locked.
+pub struct DeviceTimer {
+    timer: Timer,
+    /// Keeps the target alive; the clock holds it weakly.
+    _target: Arc<dyn TimerTarget>,
+}
+
+impl DeviceTimer {
+    /// A timer of `clock` for a device that is being built with `Arc::new_cyclic`.
+    pub fn new<T: TimedDevice + 'static>(
+        clock: &Arc<VmClock>,
+        device: &Weak<Mutex<T>>,
+    ) -> DeviceTimer {
+        let target: Arc<dyn TimerTarget> = Arc::new(DeviceTarget(Weak::clone(device)));
+        DeviceTimer {
+            timer: clock.timer(Arc::downgrade(&target)),
+            _target: target,
+        }
+    }
+    /// Arms at `Some` deadline, disarms at `None`.
+    pub fn set(&self, deadline_ns: Option<u64>) {
+        match deadline_ns {
+            Some(d) => self.timer.arm(d),
+            None => self.timer.disarm(),
+        }
+    }
+    /// Guest time now.
+    pub fn now_ns(&self) -> u64 {
+        self.timer.clock().now_ns()
     }
 }
