@@ -1,0 +1,25 @@
+//! The micro-guests, by subject.
+
+mod apic;
+mod io;
+mod paging;
+mod real;
+mod smc;
+mod system;
+
+use super::Guest;
+
+/// All guests, in the order they run.
+pub(super) fn all() -> Vec<&'static Guest> {
+    [
+        real::GUESTS,
+        io::GUESTS,
+        paging::GUESTS,
+        system::GUESTS,
+        apic::GUESTS,
+        smc::GUESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
