@@ -61,11 +61,25 @@ pub struct IoBuf {
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "named by their type")]
 pub enum BlockRequest {
-    Read { offset: u64, bufs: Vec<IoBuf> },
-    Write { offset: u64, bufs: Vec<IoBuf>, fua: bool },
+    Read {
+        offset: u64,
+        bufs: Vec<IoBuf>,
+    },
+    Write {
+        offset: u64,
+        bufs: Vec<IoBuf>,
+        fua: bool,
+    },
     Flush,
-    Discard { offset: u64, len: u64 },
-    WriteZeroes { offset: u64, len: u64, may_unmap: bool },
+    Discard {
+        offset: u64,
+        len: u64,
+    },
+    WriteZeroes {
+        offset: u64,
+        len: u64,
+        may_unmap: bool,
+    },
 }
 
 /// Called once with the outcome.

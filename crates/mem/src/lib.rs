@@ -14,7 +14,10 @@
 //! [`GuestMemory::write`] call the code listener for pages with `PAGE_CODE`.
 
 // UNSAFETY: this crate owns the mapping of guest RAM; each block states why it is in bounds.
-#![allow(unsafe_code, reason = "the only crate that touches guest RAM for everybody else")]
+#![allow(
+    unsafe_code,
+    reason = "the only crate that touches guest RAM for everybody else"
+)]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::OnceLock;
@@ -102,7 +105,12 @@ impl GuestMemory {
         if !size_bytes.is_multiple_of(PAGE_SIZE) || !(1 << 20..=1 << 44).contains(&size_bytes) {
             return Err(MemError::BadSize(size_bytes));
         }
-        let os = |what| move || MemError::Os { what, source: std::io::Error::last_os_error() };
+        let os = |what| {
+            move || MemError::Os {
+                what,
+                source: std::io::Error::last_os_error(),
+            }
+        };
         // SAFETY: the name is a NUL-terminated literal.
         let raw = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
         if raw < 0 {
@@ -131,7 +139,11 @@ impl GuestMemory {
         // SAFETY: the range was just mapped. Advice may be ignored.
         unsafe { libc::madvise(base, size_bytes as usize, libc::MADV_HUGEPAGE) };
         let low = size_bytes.min(LOW_RAM_END);
-        let mut regions = vec![RamRegion { gpa: 0, size_bytes: low, ram_offset: 0 }];
+        let mut regions = vec![RamRegion {
+            gpa: 0,
+            size_bytes: low,
+            ram_offset: 0,
+        }];
         if size_bytes > low {
             regions.push(RamRegion {
                 gpa: HIGH_RAM_START,
@@ -211,7 +223,9 @@ impl GuestMemory {
     /// Copies guest memory out. Nothing is copied if any part of the range is not RAM.
     pub fn read(&self, gpa: u64, out: &mut [u8]) -> Result<(), MemError> {
         let len = out.len() as u64;
-        let p = self.host_ptr(gpa, len).ok_or(MemError::NotRam { gpa, len })?;
+        let p = self
+            .host_ptr(gpa, len)
+            .ok_or(MemError::NotRam { gpa, len })?;
         // SAFETY: p..p+len is mapped; out is exclusive. The guest may race: bytes are just bytes.
         unsafe { std::ptr::copy_nonoverlapping(p, out.as_mut_ptr(), out.len()) };
         Ok(())
@@ -220,7 +234,9 @@ impl GuestMemory {
     /// Copies into guest memory, logs the pages dirty and tells the engine about code pages.
     pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), MemError> {
         let len = data.len() as u64;
-        let off = self.ram_offset(gpa, len).ok_or(MemError::NotRam { gpa, len })?;
+        let off = self
+            .ram_offset(gpa, len)
+            .ok_or(MemError::NotRam { gpa, len })?;
         // SAFETY: ram_offset proved the bounds.
         unsafe {
             std::ptr::copy_nonoverlapping(data.as_ptr(), self.base.add(off as usize), data.len());
@@ -231,7 +247,9 @@ impl GuestMemory {
 
     /// Fills guest memory with zeroes, with the duties of [`GuestMemory::write`].
     pub fn fill_zero(&self, gpa: u64, len: u64) -> Result<(), MemError> {
-        let off = self.ram_offset(gpa, len).ok_or(MemError::NotRam { gpa, len })?;
+        let off = self
+            .ram_offset(gpa, len)
+            .ok_or(MemError::NotRam { gpa, len })?;
         // SAFETY: ram_offset proved the bounds.
         unsafe { std::ptr::write_bytes(self.base.add(off as usize), 0, len as usize) };
         self.mark_written(off, len);
@@ -247,7 +265,9 @@ impl GuestMemory {
         let first = ram_offset / PAGE_SIZE;
         let last = (ram_offset + len - 1) / PAGE_SIZE;
         for page in first..=last {
-            let Some(flags) = self.page_flags.get(page as usize) else { return };
+            let Some(flags) = self.page_flags.get(page as usize) else {
+                return;
+            };
             if self.dirty_logging.load(Ordering::Relaxed) {
                 self.log_dirty(page);
             }
@@ -298,7 +318,11 @@ impl GuestMemory {
     /// Takes the dirty bitmap (one bit per page of RAM) and starts the next round.
     /// The engine must drop its write entries after.
     pub fn take_dirty_log(&self) -> Vec<u64> {
-        let words: Vec<u64> = self.dirty.iter().map(|w| w.swap(0, Ordering::AcqRel)).collect();
+        let words: Vec<u64> = self
+            .dirty
+            .iter()
+            .map(|w| w.swap(0, Ordering::AcqRel))
+            .collect();
         for (n, w) in words.iter().enumerate() {
             for bit in 0..64 {
                 if w >> bit & 1 != 0
@@ -313,13 +337,17 @@ impl GuestMemory {
 
     /// Gives whole pages back to the host; they read as zero afterwards. Returns the bytes freed.
     pub fn discard(&self, gpa: u64, len: u64) -> Result<u64, MemError> {
-        let start = gpa.checked_next_multiple_of(PAGE_SIZE).ok_or(MemError::NotRam { gpa, len })?;
+        let start = gpa
+            .checked_next_multiple_of(PAGE_SIZE)
+            .ok_or(MemError::NotRam { gpa, len })?;
         let end = gpa.checked_add(len).ok_or(MemError::NotRam { gpa, len })? & !(PAGE_SIZE - 1);
         if start >= end {
             return Ok(0);
         }
         let n = end - start;
-        let off = self.ram_offset(start, n).ok_or(MemError::NotRam { gpa, len })?;
+        let off = self
+            .ram_offset(start, n)
+            .ok_or(MemError::NotRam { gpa, len })?;
         // SAFETY: an owned memfd; the range is inside it.
         let r = unsafe {
             libc::fallocate(
@@ -331,7 +359,10 @@ impl GuestMemory {
         };
         if r != 0 {
             let source = std::io::Error::last_os_error();
-            return Err(MemError::Os { what: "discard", source });
+            return Err(MemError::Os {
+                what: "discard",
+                source,
+            });
         }
         self.mark_written(off, n);
         Ok(n)
@@ -341,7 +372,8 @@ impl GuestMemory {
         if !gpa.is_multiple_of(size) {
             return Err(MemError::NotRam { gpa, len: size });
         }
-        self.host_ptr(gpa, size).ok_or(MemError::NotRam { gpa, len: size })
+        self.host_ptr(gpa, size)
+            .ok_or(MemError::NotRam { gpa, len: size })
     }
 
     /// Atomic 16-bit load; the address must be aligned.
@@ -398,6 +430,8 @@ impl Drop for GuestMemory {
 
 impl std::fmt::Debug for GuestMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("GuestMemory").field("regions", &self.regions).finish_non_exhaustive()
+        f.debug_struct("GuestMemory")
+            .field("regions", &self.regions)
+            .finish_non_exhaustive()
     }
 }

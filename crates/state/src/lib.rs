@@ -84,7 +84,13 @@ impl Section {
     pub fn new<T: Encode<()>>(unit: &str, kind: &'static str, version: u16, body: &T) -> Section {
         // Encoding into a Vec cannot fail.
         let body = minicbor::to_vec(body).unwrap_or_default();
-        Section { unit: unit.to_owned(), kind: kind.to_owned(), version, min_reader: 1, body }
+        Section {
+            unit: unit.to_owned(),
+            kind: kind.to_owned(),
+            version,
+            min_reader: 1,
+            body,
+        }
     }
 
     /// Decodes the body of a section of `kind`, of which this program writes version `ours`.
@@ -132,14 +138,21 @@ pub enum Inspect {
 impl Inspect {
     /// A node from literal names.
     pub fn node<const N: usize>(children: [(&str, Inspect); N]) -> Inspect {
-        Inspect::Node(children.into_iter().map(|(k, v)| (k.to_owned(), v)).collect())
+        Inspect::Node(
+            children
+                .into_iter()
+                .map(|(k, v)| (k.to_owned(), v))
+                .collect(),
+        )
     }
 
     /// The subtree at a `/`-separated path; the empty path is the tree itself.
     pub fn at(&self, path: &str) -> Option<&Inspect> {
-        path.split('/').filter(|p| !p.is_empty()).try_fold(self, |t, name| match t {
-            Inspect::Node(c) => c.iter().find(|(k, _)| k == name).map(|(_, v)| v),
-            _ => None,
-        })
+        path.split('/')
+            .filter(|p| !p.is_empty())
+            .try_fold(self, |t, name| match t {
+                Inspect::Node(c) => c.iter().find(|(k, _)| k == name).map(|(_, v)| v),
+                _ => None,
+            })
     }
 }

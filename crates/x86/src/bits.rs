@@ -2,7 +2,10 @@
 //!
 //! Source: Intel SDM Vol. 3A §2.3-2.6, Vol. 4; AMD APM Vol. 2 §3.
 
-#![allow(missing_docs, reason = "the names are the manual's; the manual is the documentation")]
+#![allow(
+    missing_docs,
+    reason = "the names are the manual's; the manual is the documentation"
+)]
 
 pub mod rflags {
     pub const CF: u64 = 1 << 0;
@@ -26,8 +29,7 @@ pub mod rflags {
     /// The six arithmetic flags.
     pub const ARITH: u64 = CF | PF | AF | ZF | SF | OF;
     /// Every bit that software can observe set.
-    pub const ALL: u64 =
-        ARITH | FIXED1 | TF | IF | DF | IOPL | NT | RF | VM | AC | VIF | VIP | ID;
+    pub const ALL: u64 = ARITH | FIXED1 | TF | IF | DF | IOPL | NT | RF | VM | AC | VIF | VIP | ID;
 }
 
 pub mod cr0 {

@@ -207,7 +207,11 @@ fn walk_once(
         let mut dirty = e & D != 0;
         for (n, &(gpa, e)) in path[..depth].iter().enumerate() {
             let last = n + 1 == depth;
-            let want = A | if last && kind == AccessKind::Write { D } else { 0 };
+            let want = A | if last && kind == AccessKind::Write {
+                D
+            } else {
+                0
+            };
             if e & want != want && !tables.set_bits(gpa, entry_size, e, want) {
                 return None;
             }

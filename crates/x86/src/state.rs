@@ -67,7 +67,13 @@ impl Segment {
 
     /// A segment as real mode and virtual-8086 mode load it: base = selector × 16, 64 KiB.
     pub fn real(selector: u16, attr: u32) -> Segment {
-        Segment { base: u64::from(selector) << 4, limit: 0xffff, attr, selector, reserved: [0; 3] }
+        Segment {
+            base: u64::from(selector) << 4,
+            limit: 0xffff,
+            attr,
+            selector,
+            reserved: [0; 3],
+        }
     }
     /// Descriptor privilege level.
     pub fn dpl(&self) -> u8 {
@@ -179,7 +185,11 @@ pub struct ApicState {
 
 impl Default for ApicState {
     fn default() -> Self {
-        ApicState { regs: [0; 64], tsc_deadline: 0, timer_start_ns: 0 }
+        ApicState {
+            regs: [0; 64],
+            tsc_deadline: 0,
+            timer_start_ns: 0,
+        }
     }
 }
 
@@ -291,13 +301,25 @@ impl CpuState {
             seg: [data; 6],
             ldtr: Segment::real(0, 0x82),
             tr: Segment::real(0, 0x8b),
-            gdtr: TableReg { base: 0, limit: 0xffff, reserved: 0 },
-            idtr: TableReg { base: 0, limit: 0xffff, reserved: 0 },
+            gdtr: TableReg {
+                base: 0,
+                limit: 0xffff,
+                reserved: 0,
+            },
+            idtr: TableReg {
+                base: 0,
+                limit: 0xffff,
+                reserved: 0,
+            },
             dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
             pdpte: [0; 4],
             msrs: Msrs::default(),
             tsc: 0,
-            activity: if bootstrap { Activity::Running } else { Activity::WaitForSipi },
+            activity: if bootstrap {
+                Activity::Running
+            } else {
+                Activity::WaitForSipi
+            },
             interrupt_shadow: InterruptShadow::None,
             nmi_blocked: false,
             nmi_pending: false,

@@ -1,0 +1,302 @@
+//! One vCPU: its state, its run loop, the order in which events are taken.
+
+// UNSAFETY: dereferences the frame pointer, which is valid while the VM's shared part lives.
+#![allow(unsafe_code, reason = "the frame lives in a mapping")]
+
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pyrite_engine::{EngineError, StopReason, Vcpu};
+use pyrite_x86::bits::{rflags, vector};
+use pyrite_x86::{Activity, CpuState, InterruptShadow};
+
+use crate::exception::Trap;
+use crate::frame::Frame;
+use crate::mmu::TlbNotes;
+use crate::vm::{VcpuShared, VmShared, event, lock};
+use crate::{apic, interp, sys, xlate};
+
+/// The frame of this vCPU.
+pub struct FrameRef(NonNull<Frame>);
+
+// SAFETY: the frame is owned by one vCPU; moving the owner between threads moves the frame.
+unsafe impl Send for FrameRef {}
+
+impl Deref for FrameRef {
+    type Target = Frame;
+    #[inline]
+    fn deref(&self) -> &Frame {
+        // SAFETY: the mapping lives in VmShared, which SoftVcpu holds; see SoftVcpu::new.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl DerefMut for FrameRef {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut Frame {
+        // SAFETY: as above, and the vCPU is the only one to make references.
+        unsafe { self.0.as_mut() }
+    }
+}
+
+/// Counters, for `inspect`.
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs, reason = "named by what they count")]
+pub struct Stats {
+    pub interpreted: u64,
+    pub interrupts: u64,
+    pub exceptions: u64,
+    pub halts: u64,
+    pub mmio_reads: u64,
+    pub mmio_writes: u64,
+    pub tlb_flushes: u64,
+}
+
+/// One vCPU of the software engine.
+pub struct SoftVcpu {
+    /// Declared before `vm`, which owns the mapping behind it.
+    pub frame: FrameRef,
+    /// Shared with the other vCPUs.
+    pub vm: Arc<VmShared>,
+    /// Index = APIC id.
+    pub index: u32,
+    /// Side tables of the soft TLB.
+    pub notes: Box<TlbNotes>,
+    /// The interpreter's caches.
+    pub interp: interp::Interp,
+    /// The translator.
+    pub xlate: xlate::Translator,
+    /// Counters.
+    pub stats: Stats,
+    /// An interrupt may be waiting for IF or the shadow.
+    pub irq_waiting: bool,
+    /// DR6 bits of data breakpoints that the current instruction hit.
+    pub pending_dr6: u64,
+}
+
+impl SoftVcpu {
+    /// Creates vCPU `index` in its reset state.
+    pub fn new(vm: Arc<VmShared>, index: u32) -> Result<SoftVcpu, EngineError> {
+        let mapping = &vm.vcpus[index as usize].frame;
+        let ptr = NonNull::new(mapping.frame_ptr())
+            .ok_or_else(|| EngineError::Internal("no frame".to_owned()))?;
+        let mut frame = FrameRef(ptr);
+        // SAFETY: the mapping is zeroed, which is a valid Frame except for CpuState, written here
+        // before anything reads it.
+        unsafe {
+            std::ptr::addr_of_mut!((*ptr.as_ptr()).cpu).write(CpuState::reset(index, index == 0))
+        };
+        for t in &mut frame.tlb {
+            t.flush();
+        }
+        let xlate = xlate::Translator::new(&vm, &mut frame)?;
+        let mut v = SoftVcpu {
+            frame,
+            vm,
+            index,
+            notes: Box::default(),
+            interp: interp::Interp::new()?,
+            xlate,
+            stats: Stats::default(),
+            irq_waiting: true,
+            pending_dr6: 0,
+        };
+        let state = CpuState::reset(index, index == 0);
+        v.load(&state);
+        Ok(v)
+    }
+
+    /// The part of this vCPU that other threads may touch.
+    pub fn shared(&self) -> &VcpuShared {
+        &self.vm.vcpus[self.index as usize]
+    }
+
+    fn load(&mut self, state: &CpuState) {
+        self.frame.cpu = state.clone();
+        self.shared()
+            .apic
+            .restore(&state.apic, state.msrs.apic_base);
+        self.irq_waiting = true;
+        self.flush_tlb(false);
+    }
+
+    /// Forgets where indirect jumps went: address spaces or mappings changed.
+    pub fn forget_jumps(&mut self) {
+        xlate::forget_jumps(self);
+    }
+
+    /// Notes accesses to data breakpoints (DR0-DR3). Intel SDM Vol. 3B §17.2.
+    pub fn note_data_access(&mut self, lin: u64, len: usize, write: bool) {
+        if self.frame.cpu.dr[7] & 0xff != 0 {
+            self.pending_dr6 |= sys::debug::data_breakpoints(&self.frame.cpu, lin, len, write);
+        }
+    }
+
+    /// Handles event flags. `Some` = leave `run`.
+    fn take_events(&mut self) -> Option<StopReason> {
+        let me = self.shared();
+        me.frame.exit_request().store(0, Ordering::SeqCst);
+        let mut events = me.events.fetch_and(event::EXCLUSIVE, Ordering::SeqCst);
+        if events & event::EXCLUSIVE != 0 {
+            // Stand still until the other vCPU is done; it may leave new events behind.
+            me.leave_guest();
+            let vm = Arc::clone(&self.vm);
+            self.shared().enter_guest(&vm);
+            events |= self
+                .shared()
+                .events
+                .fetch_and(event::EXCLUSIVE, Ordering::SeqCst);
+        }
+        if events & event::STALE_CODE != 0 {
+            let stale = lock(&self.shared().stale_pages).replace(Vec::new());
+            xlate::drop_stale(self, stale);
+        }
+        if events & event::DROP_WRITE != 0 {
+            self.drop_write_entries();
+        }
+        if events & event::INIT != 0 {
+            sys::event::init(self);
+        }
+        if events & event::SIPI != 0 {
+            let vector = self.shared().sipi_vector.load(Ordering::SeqCst) as u8;
+            sys::event::startup(self, vector);
+        }
+        if events & event::NMI != 0 {
+            self.frame.cpu.nmi_pending = true;
+        }
+        if events & (event::INTERRUPT | event::TIMER) != 0 {
+            self.irq_waiting = true;
+        }
+        (events & event::STOP != 0).then_some(StopReason::Requested)
+    }
+
+    /// Delivers an NMI or interrupt if one can be taken now. True if something was delivered.
+    fn take_interrupt(&mut self) -> Result<bool, Trap> {
+        let cpu = &mut self.frame.cpu;
+        if cpu.interrupt_shadow != InterruptShadow::None {
+            return Ok(false);
+        }
+        if cpu.nmi_pending && !cpu.nmi_blocked {
+            cpu.nmi_pending = false;
+            cpu.nmi_blocked = true;
+            cpu.activity = Activity::Running;
+            sys::event::interrupt(self, vector::NMI)?;
+            return Ok(true);
+        }
+        if !self.irq_waiting || cpu.rflags & rflags::IF == 0 {
+            return Ok(false);
+        }
+        let vm = Arc::clone(&self.vm);
+        let vector = match vm.vcpus[self.index as usize].apic.acknowledge() {
+            Some(v) => Some(v),
+            None if self.index == 0
+                && vm.pic_intr.load(Ordering::SeqCst)
+                && vm.vcpus[0].apic.accepts_extint() =>
+            {
+                vm.io.ack_pic()
+            }
+            None => None,
+        };
+        let Some(vector) = vector else {
+            self.irq_waiting = false;
+            return Ok(false);
+        };
+        self.stats.interrupts += 1;
+        self.frame.cpu.activity = Activity::Running;
+        sys::event::interrupt(self, vector)?;
+        Ok(true)
+    }
+
+    fn run_loop(&mut self) -> StopReason {
+        loop {
+            if self.shared().events.load(Ordering::SeqCst) != 0
+                && let Some(reason) = self.take_events()
+            {
+                return reason;
+            }
+            match self.frame.cpu.activity {
+                Activity::Shutdown => return StopReason::TripleFault,
+                Activity::WaitForSipi => {
+                    self.idle();
+                    continue;
+                }
+                Activity::Running | Activity::Halted => {}
+            }
+            let trap = match self.take_interrupt() {
+                Ok(true) => continue,
+                Ok(false) if self.frame.cpu.activity == Activity::Halted => {
+                    self.stats.halts += 1;
+                    self.idle();
+                    continue;
+                }
+                Ok(false) => self.execute(),
+                Err(t) => Err(t),
+            };
+            if let Err(Trap::Stop(reason)) = trap {
+                return reason;
+            }
+        }
+    }
+
+    /// Waits for an event outside guest code.
+    fn idle(&mut self) {
+        self.shared().leave_guest();
+        let wait = apic::time_to_timer(&self.vm, self.index);
+        self.shared().park(wait);
+        apic::poll_timer(&self.vm, self.index);
+        let vm = Arc::clone(&self.vm);
+        self.shared().enter_guest(&vm);
+    }
+
+    /// Runs guest code until something needs the run loop. Exceptions are delivered inside.
+    fn execute(&mut self) -> Result<(), Trap> {
+        if self.vm.options.translate && xlate::can_run(self) {
+            xlate::run(self)
+        } else {
+            interp::step(self)
+        }
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn run(&mut self) -> StopReason {
+        let vm = Arc::clone(&self.vm);
+        xlate::prepare_thread();
+        self.shared().enter_guest(&vm);
+        let reason = self.run_loop();
+        self.shared().leave_guest();
+        reason
+    }
+
+    fn state(&mut self) -> Result<CpuState, EngineError> {
+        let mut s = self.frame.cpu.clone();
+        let me = self.shared();
+        s.apic = me.apic.save();
+        s.tsc = apic::guest_tsc(&self.vm);
+        // What is latched in the event flags belongs to the state.
+        let events = me.events.load(Ordering::SeqCst);
+        s.nmi_pending |= events & event::NMI != 0;
+        if events & event::INIT != 0 {
+            s.activity = Activity::WaitForSipi;
+        }
+        if events & event::SIPI != 0 {
+            s.sipi_pending = Some(me.sipi_vector.load(Ordering::SeqCst) as u8);
+        }
+        Ok(s)
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        self.load(state);
+        apic::set_guest_tsc(&self.vm, state.tsc);
+        if let Some(v) = state.sipi_pending {
+            self.shared()
+                .sipi_vector
+                .store(u32::from(v), Ordering::SeqCst);
+            self.shared().raise(event::SIPI);
+        }
+        xlate::drop_everything(self);
+        Ok(())
+    }
+}
