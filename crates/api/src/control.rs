@@ -98,10 +98,26 @@ pub enum Message {
 pub enum Outcome {
     /// Done.
     Done,
-    /// A JSON tree was asked for.
-    Tree(serde_json::Value),
+    /// The tree that was asked for.
+    Tree(Tree),
     /// Not done, and why.
     Failed(String),
+}
+
+/// What a VM shows of itself: a tree of named values.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tree {
+    /// Named children, in order.
+    Node(Vec<(String, Tree)>),
+    /// A count or size.
+    Uint(u64),
+    /// An address or register.
+    Hex(u64),
+    /// A yes or no.
+    Bool(bool),
+    /// Text.
+    Text(String),
 }
 
 /// What happens to a VM.

@@ -9,8 +9,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod snapshot;
 #[cfg(test)]
 mod tests;
+
+pub use snapshot::{SNAPSHOT_FORMAT, SnapshotManifest};
 
 /// LIMIT: most vCPUs of a VM.
 pub const MAX_CPUS: u32 = 255;

@@ -259,6 +259,32 @@ impl BootImage {
     }
 }
 
+/// What firmware programs into every processor: memory types, and on the first one the local
+/// interrupts that connect the PIC and NMI ("virtual wire mode", MultiProcessor Specification 1.4
+/// §3.6.2.2).
+pub fn firmware_registers(s: &mut CpuState, cpuid: &pyrite_engine::CpuidTable, bootstrap: bool) {
+    const WRITE_BACK: u64 = 6;
+    const UNCACHEABLE: u64 = 0;
+    /// Fixed-range and all MTRRs enabled. Intel SDM Vol. 3A §11.11.2.1.
+    const ENABLE: u64 = 1 << 11 | 1 << 10;
+    const VALID: u64 = 1 << 11;
+    let bits = cpuid.get(0x8000_0008, 0).map_or(36, |e| e.eax & 0xff).clamp(32, 52);
+    s.msrs.mtrr_def_type = ENABLE | WRITE_BACK;
+    // Everything from 3 GiB to 4 GiB is devices.
+    s.msrs.mtrr_var[0] = pyrite_mem::LOW_RAM_END | UNCACHEABLE;
+    s.msrs.mtrr_var[1] = ((1 << bits) - 1) & !((1 << 30) - 1) | VALID;
+    s.msrs.mtrr_fixed = [0x0606_0606_0606_0606; 11];
+    s.msrs.mtrr_fixed[2] = 0; // A0000-BFFFF: no memory there
+    if bootstrap {
+        const SVR: usize = 0xf;
+        const LVT_LINT0: usize = 0x35;
+        const LVT_LINT1: usize = 0x36;
+        s.apic.regs[SVR] = 0x1ff; // enabled
+        s.apic.regs[LVT_LINT0] = 0x700; // ExtINT
+        s.apic.regs[LVT_LINT1] = 0x400; // NMI
+    }
+}
+
 /// End of RAM below the PCI hole.
 pub(crate) fn low_ram_end(memory: &GuestMemory) -> u64 {
     memory.size_bytes().min(pyrite_mem::LOW_RAM_END)
