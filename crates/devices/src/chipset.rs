@@ -1,5 +1,6 @@
 //! All platform devices of board version 1, built and wired with one call.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use pyrite_mem::GuestMemory;
@@ -10,10 +11,16 @@ use pyrite_vdev::{
     VmClock,
 };
 
+use crate::acpi_pm::{self, AcpiPm};
 use crate::debug_ports::{DEBUG_EXIT, DEBUGCON, DebugPorts, POST};
+use crate::fw_cfg::{self, FwCfg};
+use crate::hpet::{Hpet, HpetLines};
+use crate::i8042::{self, I8042};
 use crate::irq::{InterruptRouter, IoApic, IoApicDevice, Pic, PicDevice, SharedLines};
 use crate::pci_host::{self, ConfigPorts, Ecam, IoWindow, MemoryWindow, PciHost, PciHostUnit};
+use crate::pit::Pit;
 use crate::reset_ports::{PORT92, RST_CNT, ResetPorts};
+use crate::rtc::Rtc;
 use crate::uart::{SerialBackend, Uart};
 
 /// IO-APIC registers.
@@ -61,6 +68,18 @@ pub struct Chipset {
     pub shared_lines: Arc<SharedLines>,
     /// PCI: plug functions in here, then call `assign_bars` for a direct boot.
     pub pci: Arc<PciHost>,
+    /// Power button, general-purpose events, wake-up.
+    pub pm: Arc<Mutex<AcpiPm>>,
+    /// Time of day and CMOS.
+    pub rtc: Arc<Mutex<Rtc>>,
+    /// Timer chip.
+    pub pit: Arc<Mutex<Pit>>,
+    /// High precision timers.
+    pub hpet: Arc<Mutex<Hpet>>,
+    /// Keyboard and mouse.
+    pub i8042: Arc<Mutex<I8042>>,
+    /// Files for firmware.
+    pub fw_cfg: Arc<Mutex<FwCfg>>,
     /// COM1 and COM2.
     pub uarts: [Arc<Mutex<Uart>>; 2],
     /// Every unit, in the order of restore. The clock must be set before units are restored, and
@@ -112,6 +131,44 @@ impl Chipset {
         mmio.insert(IOAPIC_START, 0x1000, "ioapic", device.clone())?;
         units.push(device);
 
+        let legacy_replaced: Arc<AtomicBool> = Arc::default();
+        let pit = Pit::new(&config.clock, line(0), Arc::clone(&legacy_replaced));
+        io.insert(0x40, 4, "pit", pit.clone())?;
+        io.insert(0x61, 1, "port61", pit.clone())?;
+        units.push(pit.clone());
+        let route = |gsi| {
+            // The HPET is the first to ask for a driver; a line always has room for it.
+            shared_lines.line(gsi).unwrap_or_else(|| line(gsi))
+        };
+        let lines = HpetLines {
+            irq0: line(0),
+            irq8: line(8),
+            routes: [route(20), route(21), route(22), route(23)],
+        };
+        let replaced = Arc::clone(&legacy_replaced);
+        let hpet = Hpet::new(&config.clock, lines, Arc::clone(&config.msi), replaced);
+        mmio.insert(HPET_START, 0x400, "hpet", hpet.clone())?;
+        units.push(hpet.clone());
+        let ram_bytes = |start| {
+            let at = config.memory.regions().iter().filter(|r| r.gpa == start);
+            at.map(|r| r.size_bytes).sum()
+        };
+        let ram = [ram_bytes(0), ram_bytes(pyrite_mem::HIGH_RAM_START)];
+        let rtc = Rtc::new(
+            &config.clock,
+            config.wall_clock,
+            line(8),
+            legacy_replaced,
+            ram,
+        );
+        io.insert(0x70, 4, "rtc", rtc.clone())?;
+        units.push(rtc.clone());
+        let pm = AcpiPm::new(&config.clock, line(9), Arc::clone(&config.events));
+        io.insert(acpi_pm::PM1A_EVT.into(), 6, "acpi-pm1", pm.clone())?;
+        io.insert(acpi_pm::PM_TMR.into(), 4, "acpi-pm-timer", pm.clone())?;
+        io.insert(acpi_pm::GPE0.into(), 8, "acpi-gpe0", pm.clone())?;
+        units.push(pm.clone());
+
         let [com1, com2] = config.serial;
         let uart = |unit: &str, base: u16, gsi, backend| {
             let uart = Arc::new(Mutex::new(Uart::new(unit, base, line(gsi), backend)));
@@ -145,6 +202,16 @@ impl Chipset {
         io.insert(PORT92.into(), 1, "port92", reset.clone())?;
         units.push(reset);
 
+        let keyboard = I8042::new(line(1), line(12), Arc::clone(&config.events));
+        let i8042 = Arc::new(Mutex::new(keyboard));
+        io.insert(i8042::DATA.into(), 1, "i8042-data", i8042.clone())?;
+        io.insert(i8042::COMMAND.into(), 1, "i8042-command", i8042.clone())?;
+        units.push(i8042.clone());
+        let fw_cfg = Arc::new(Mutex::new(FwCfg::new(Arc::clone(&config.memory))));
+        io.insert(fw_cfg::SELECTOR.into(), 2, "fw-cfg", fw_cfg.clone())?;
+        io.insert(fw_cfg::DMA.into(), 8, "fw-cfg-dma", fw_cfg.clone())?;
+        units.push(fw_cfg.clone());
+
         let pci = PciHost::new(Arc::clone(&shared_lines), config.doorbells);
         register_pci(&pci, &mmio, &io)?;
         units.push(Arc::new(Mutex::new(PciHostUnit::new(Arc::clone(&pci)))));
@@ -156,6 +223,12 @@ impl Chipset {
             router,
             shared_lines,
             pci,
+            pm,
+            rtc,
+            pit,
+            hpet,
+            i8042,
+            fw_cfg,
             uarts,
             units,
         })
