@@ -493,7 +493,7 @@ impl VirtioDevice for Console {
                 } else {
                     (queue - CONTROL_RX) / 2
                 };
-                if queue % 2 == 0 {
+                if queue.is_multiple_of(2) {
                     self.shared.input_ready(port);
                 } else {
                     self.shared.pump_out(port);

@@ -40,6 +40,7 @@ pub mod spec;
 #[cfg(test)]
 mod testing;
 pub mod transport;
+pub mod vsock;
 mod worker;
 
 pub use balloon::{Balloon, BalloonControl};
@@ -50,3 +51,4 @@ pub use link::DriverLink;
 pub use net::{Net, NetConfig, NetControl};
 pub use rng::Rng;
 pub use transport::pci::VirtioPciDevice;
+pub use vsock::{Vsock, VsockConfig};

@@ -368,11 +368,7 @@ impl VirtioDevice for Net {
             return;
         };
         match queue {
-            RX => {
-                if self.starved.swap(false, Ordering::SeqCst) {
-                    self.backend.receive_ready();
-                }
-            }
+            RX if self.starved.swap(false, Ordering::SeqCst) => self.backend.receive_ready(),
             TX => self.transmit(&link),
             CTRL => self.commands(&link),
             _ => {}

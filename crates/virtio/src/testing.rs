@@ -161,6 +161,7 @@ impl Bench {
         let (avail, used) = (desc + 0x4000, desc + 0x5000);
         self.memory.fill_zero(desc, RING_SPACE).unwrap();
         self.write(22, &index.to_le_bytes());
+        let size = size.min(self.read_u16(24));
         self.write(24, &size.to_le_bytes());
         self.write(26, &index.to_le_bytes());
         for (at, v) in [(32, desc), (40, avail), (48, used)] {
@@ -326,7 +327,9 @@ impl MemDisk {
         let range = |offset: u64, len: u64| {
             let end = offset.checked_add(len).filter(|e| *e <= size);
             match end {
-                Some(e) if offset % 512 == 0 && len % 512 == 0 => Ok((offset as usize, e as usize)),
+                Some(e) if offset.is_multiple_of(512) && len.is_multiple_of(512) => {
+                    Ok((offset as usize, e as usize))
+                }
                 _ => Err(DiskError::OutOfRange { offset, len }),
             }
         };

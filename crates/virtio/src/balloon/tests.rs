@@ -3,7 +3,7 @@ use std::sync::Arc;
 use super::{Balloon, DEFLATE, INFLATE, STATS};
 use crate::testing::{BUFFERS_AT, Bench, fuzz_one, noise};
 
-const ALL: u64 = u64::MAX & !(1 << 34);
+const ALL: u64 = !(1 << 34);
 const PFNS: u64 = BUFFERS_AT;
 const VICTIM: u64 = BUFFERS_AT + 0x8_0000;
 
@@ -87,6 +87,10 @@ fn state_survives() {
 #[test]
 fn noise_neither_panics_nor_hangs() {
     for seed in 0..20 {
-        fuzz_one(Balloon::new().unwrap(), ALL, &noise(seed, 4000));
+        fuzz_one(
+            Balloon::new().unwrap(),
+            !((seed & 1) << 34),
+            &noise(seed, 4000),
+        );
     }
 }

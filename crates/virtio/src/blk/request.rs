@@ -109,7 +109,7 @@ impl Request {
 
 fn parse_ranges(memory: &GuestMemory, chain: &Chain, data_len: u64, discard: bool) -> Request {
     let count = data_len / RANGE_BYTES;
-    if data_len % RANGE_BYTES != 0 || count == 0 || count > u64::from(MAX_RANGES) {
+    if !data_len.is_multiple_of(RANGE_BYTES) || count == 0 || count > u64::from(MAX_RANGES) {
         return Request::Failed(VIRTIO_BLK_S_IOERR);
     }
     let mut requests = Vec::new();

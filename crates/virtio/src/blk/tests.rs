@@ -140,7 +140,7 @@ fn reset_in_flight_reads_zero_only_when_the_backend_is_done() {
 fn pause_waits_for_requests_and_state_survives() {
     let disk = MemDisk::new(1 << 20, false);
     let mut b = bench(&disk);
-    b.up(u64::MAX & !(1 << 34));
+    b.up(!(1 << 34));
     disk.hold.store(true, Ordering::SeqCst);
     header(&b, 0, 0);
     b.add(
@@ -188,6 +188,7 @@ fn noise_neither_panics_nor_hangs() {
             ..BlkConfig::default()
         };
         let device = Blk::new(disk as _, config);
-        fuzz_one(device, u64::MAX & !(1 << 34), &noise(seed, 6000));
+        // Every other time with packed rings.
+        fuzz_one(device, !((seed & 1) << 34), &noise(seed, 6000));
     }
 }

@@ -8,7 +8,7 @@ use crate::testing::{BUFFERS_AT, Bench, fuzz_one, noise};
 
 const OUT_AT: u64 = BUFFERS_AT;
 const IN_AT: u64 = BUFFERS_AT + 0x1_0000;
-const ALL: u64 = u64::MAX & !(1 << 34);
+const ALL: u64 = !(1 << 34);
 
 /// Takes `room` bytes.
 #[derive(Default)]
@@ -203,6 +203,6 @@ fn emergency_write_works_before_the_driver() {
 fn noise_neither_panics_nor_hangs() {
     for seed in 0..40 {
         let (_peers, c) = console(500);
-        fuzz_one(c, ALL, &noise(seed, 6000));
+        fuzz_one(c, !((seed & 1) << 34), &noise(seed, 6000));
     }
 }

@@ -10,7 +10,7 @@ use crate::testing::{BUFFERS_AT, Bench, LoopbackNet, fuzz_one, noise};
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const TX_AT: u64 = BUFFERS_AT;
 const RX_AT: u64 = BUFFERS_AT + 0x1_0000;
-const ALL: u64 = u64::MAX & !(1 << 34);
+const ALL: u64 = !(1 << 34);
 
 fn bench() -> (Arc<LoopbackNet>, Bench) {
     let net = Arc::new(LoopbackNet::default());
@@ -169,6 +169,10 @@ fn restored_guest_is_asked_to_announce_itself() {
 fn noise_neither_panics_nor_hangs() {
     for seed in 0..40 {
         let net = Arc::new(LoopbackNet::default());
-        fuzz_one(Net::new(net, NetConfig::new(MAC)), ALL, &noise(seed, 6000));
+        fuzz_one(
+            Net::new(net, NetConfig::new(MAC)),
+            !((seed & 1) << 34),
+            &noise(seed, 6000),
+        );
     }
 }

@@ -190,7 +190,7 @@ fn walk_indirect(
     table: Descriptor,
     out: &mut Collector,
 ) -> Result<(), QueueError> {
-    if table.len % 16 != 0
+    if !table.len.is_multiple_of(16)
         || table.len == 0
         || memory
             .ram_offset(table.addr, u64::from(table.len))

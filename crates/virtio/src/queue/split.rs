@@ -160,7 +160,7 @@ fn walk_indirect(
     out: &mut Collector,
 ) -> Result<(), QueueError> {
     let entries = table.len / 16;
-    if table.len % 16 != 0 || entries == 0 || entries > u32::from(u16::MAX) {
+    if !table.len.is_multiple_of(16) || entries == 0 || entries > u32::from(u16::MAX) {
         return Err(QueueError::Indirect);
     }
     if memory

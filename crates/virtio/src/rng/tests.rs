@@ -16,7 +16,7 @@ fn host_entropy_fills_the_buffer_up_to_the_limit() {
 fn noise_neither_panics_nor_hangs() {
     for seed in 0..40 {
         let device = Rng::from_source(Box::new(std::io::repeat(1)));
-        fuzz_one(device, u64::MAX & !(1 << 34), &noise(seed, 6000));
+        fuzz_one(device, !(1 << 34), &noise(seed, 6000));
         // The packed ring reads the same bytes as other descriptors.
         let device = Rng::from_source(Box::new(std::io::repeat(1)));
         fuzz_one(device, u64::MAX, &noise(seed, 6000));

@@ -139,6 +139,8 @@ pub struct VirtioPciDevice {
     queue_select: u16,
     /// What the status register reads while a reset waits for requests in flight.
     resetting: Option<u8>,
+    /// Packed rings are offered.
+    packed: bool,
 }
 
 fn region(kind: u8, at: u64, len: u32, extra: &[u8]) -> Vec<u8> {
@@ -228,7 +230,14 @@ impl VirtioPciDevice {
             driver_features: 0,
             queue_select: 0,
             resetting: None,
+            packed: false,
         }))
+    }
+
+    /// Offers packed rings (VIRTIO_F_RING_PACKED) or not, the default: drivers prefer them when
+    /// offered, and split rings are what every driver is tested with. Before the first start.
+    pub fn offer_packed_rings(&mut self, offer: bool) {
+        self.packed = offer;
     }
 
     /// The link between device and driver, for tests and inspection.
@@ -242,7 +251,7 @@ impl VirtioPciDevice {
             | 1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_F_INDIRECT_DESC
             | 1 << VIRTIO_F_EVENT_IDX
-            | 1 << VIRTIO_F_RING_PACKED
+            | u64::from(self.packed) << VIRTIO_F_RING_PACKED
     }
 
     /// Queue layout under the negotiated features: packed, event index, indirect.
