@@ -9,7 +9,7 @@
 ///
 /// Macros inside: `TRACE v` reports a constant, `TRACE_EAX` EAX; `PASS` ends; `FAULT insn` runs an
 /// instruction that must fault (the handler reports vector, error code and, for #PF, CR2);
-/// `TRAP insn` is the same for an instruction whose exception is reported after it.
+/// `WINDOW` lets pending interrupts in; `TRAP insn` is the same for an instruction whose exception is reported after it.
 macro_rules! guest {
     ($name:ident, $($text:expr),* $(,)?) => {
         std::arch::global_asm!(
@@ -23,6 +23,7 @@ macro_rules! guest {
                 ".macro TRACE v\n movl $\\v, %eax\n outl %eax, $0xf0\n .endm\n",
                 ".macro TRACE_EAX\n outl %eax, $0xf0\n .endm\n",
                 ".macro HOST v\n movb $\\v, %al\n outb %al, $0xe1\n .endm\n",
+                ".macro WINDOW\n sti\n nop\n outb %al, $0x80\n nop\n outb %al, $0x80\n cli\n .endm\n",
                 ".macro PASS\n movb $1, %al\n outb %al, $0xf4\n 880: jmp 880b\n .endm\n",
                 ".macro FAULT insn:vararg\n",
                 " movl $(881f - 9b + 0x8000), 0x6000\n movl $(882f - 9b + 0x8000), 0x6004\n",
@@ -35,7 +36,7 @@ macro_rules! guest {
             concat!(
                 "\n.org 9b + 4096, 0xcc\n",
                 ".purgem TRACE\n.purgem TRACE_EAX\n.purgem HOST\n.purgem PASS\n.purgem FAULT\n",
-                ".purgem TRAP\n",
+                ".purgem TRAP\n.purgem WINDOW\n",
                 ".code64\n",
                 ".popsection\n",
             ),

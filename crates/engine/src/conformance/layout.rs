@@ -32,6 +32,8 @@ const GIVE_UP: u64 = 0x4700;
 const VARIABLES: u64 = 0x6000;
 const TSS64: u64 = 0x5400;
 const TSS32: u64 = 0x5600;
+/// The I/O permission bitmap allows ports 0-FFH to every ring.
+const TSS_LIMIT: u64 = 0x88;
 const STACK: u64 = 0x7f00;
 const STACK_RING0: u64 = 0x1_f000;
 const STACK_IST1: u64 = 0x1_e000;
@@ -111,9 +113,13 @@ pub(super) fn fill(m: &GuestMemory, image: &[u8], entry: Entry) -> Result<(), Me
     }
     put(m, GDT, &DESCRIPTORS)?;
     if entry == Entry::Long {
-        put(m, GDT + 0x48, &[system_descriptor(TSS64, 0x67, 0x8b), 0])?;
+        put(
+            m,
+            GDT + 0x48,
+            &[system_descriptor(TSS64, TSS_LIMIT, 0x8b), 0],
+        )?;
     } else {
-        put(m, GDT + 0x48, &[system_descriptor(TSS32, 0x67, 0x8b)])?;
+        put(m, GDT + 0x48, &[system_descriptor(TSS32, TSS_LIMIT, 0x8b)])?;
     }
     stubs(m, STUBS64, HANDLERS64)?;
     stubs(m, STUBS32, HANDLERS32)?;
@@ -138,6 +144,8 @@ pub(super) fn fill(m: &GuestMemory, image: &[u8], entry: Entry) -> Result<(), Me
     m.write(TSS64 + 4, &STACK_RING0.to_le_bytes())?;
     m.write(TSS64 + 36, &STACK_IST1.to_le_bytes())?;
     m.write(TSS64 + 102, &0x68u16.to_le_bytes())?;
+    m.write(TSS64 + TSS_LIMIT, &[0xff])?;
+    m.write(TSS32 + TSS_LIMIT, &[0xff])?;
     m.write(TSS32 + 4, &(STACK_RING0 as u32).to_le_bytes())?;
     m.write(TSS32 + 8, &u32::from(DATA).to_le_bytes())?;
     m.write(TSS32 + 102, &0x68u16.to_le_bytes())?;
@@ -200,7 +208,7 @@ pub(super) fn start_state(entry: Entry) -> CpuState {
     };
     let tss = |base: u64| Segment {
         base,
-        limit: 0x67,
+        limit: TSS_LIMIT as u32,
         attr: 0x8b,
         selector: TSS,
         reserved: [0; 3],

@@ -8,7 +8,7 @@ use super::layout::{self, Entry};
 
 // 200 000 instructions between two writes to port F1H.
 guest!(
-    speed,
+    probe_speed,
     r#"
     .code64
         movl $100000, %ecx
@@ -21,7 +21,7 @@ guest!(
 );
 
 guest!(
-    cmpxchg16b,
+    probe_cmpxchg16b,
     r#"
     .code64
         xorl %eax, %eax
@@ -44,7 +44,7 @@ guest!(
 );
 
 guest!(
-    xsave,
+    probe_xsave,
     r#"
     .code64
         movq %cr4, %rax
@@ -80,9 +80,9 @@ pub(crate) enum ProbeGuest {
 /// Memory and start state of a probe.
 pub(crate) fn probe_guest(which: ProbeGuest) -> Result<(GuestMemory, CpuState), MemError> {
     let image = match which {
-        ProbeGuest::Speed => speed(),
-        ProbeGuest::Cmpxchg16b => cmpxchg16b(),
-        ProbeGuest::Xsave => xsave(),
+        ProbeGuest::Speed => probe_speed(),
+        ProbeGuest::Cmpxchg16b => probe_cmpxchg16b(),
+        ProbeGuest::Xsave => probe_xsave(),
     };
     let memory = GuestMemory::new(layout::RAM_BYTES)?;
     layout::fill(&memory, image, Entry::Long)?;

@@ -23,6 +23,7 @@
 
 pub mod cpuid;
 mod ioctl;
+mod limits;
 mod state;
 mod vcpu;
 
@@ -42,6 +43,7 @@ use pyrite_state::Inspect;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{CpuIo, EngineCaps, EngineError, Vcpu, VcpuControl, Vm, VmConfig};
+pub use limits::known_limits;
 pub use vcpu::KvmVcpu;
 
 /// GSIs whose level-triggered routes make EOI exits: as many as the IO-APIC has pins.

@@ -4,6 +4,7 @@ mod apic;
 mod io;
 mod paging;
 mod real;
+mod segments;
 mod smc;
 mod system;
 
@@ -15,6 +16,7 @@ pub(super) fn all() -> Vec<&'static Guest> {
         real::GUESTS,
         io::GUESTS,
         paging::GUESTS,
+        segments::GUESTS,
         system::GUESTS,
         apic::GUESTS,
         smc::GUESTS,

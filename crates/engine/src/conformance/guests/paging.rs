@@ -41,13 +41,15 @@ guest!(
         TRACE_EAX
         # reserved bit 21 of a 4 MiB page
         movl $0x200083, 0x26000 + 8
+        movl %cr3, %eax
+        movl %eax, %cr3
         FAULT movl 0x800000, %eax
-        # without PSE, PS is ignored and the entry points to a table
         PASS
     "#
 );
 
-// PAE paging: XD, reserved bits, PDPTEs are loaded with CR3 and not before.
+// PAE paging: XD, reserved bits.
+// The PDPTE registers (next guest) are loaded with CR3 and not before, SDM Vol. 3A §4.4.1.
 guest!(
     paging_pae,
     r#"
@@ -69,8 +71,16 @@ guest!(
         movl $0x7fff0000, 0x2a000 + 8 * 0x101 + 4
         movl $0x10003, 0x2a000 + 8 * 0x101
         FAULT movl 0x101000, %eax
+        PASS
+    "#
+);
+
+guest!(
+    paging_pdpte,
+    r#"
+    .code32
+        movb $0xc3, 0x10000
         # the PDPTE registers change with CR3 only
-        movl 0x29000 + 8, %eax
         movl $0x29001, 0x28000 + 8
         FAULT movl 0x40010000, %eax
         movl %cr3, %eax
@@ -197,6 +207,7 @@ guest!(
         movl $0x2003, 0x23000 + 8 * 2
         movl $0x5003, 0x23000 + 8 * 5
         movl $0x1f003, 0x23000 + 8 * 0x1f
+        movl $0x1e003, 0x23000 + 8 * 0x1e
         movl $0x20003, 0x23000 + 8 * 0x20
         movl $0x23003, 0x23000 + 8 * 0x23
         movb $0xc3, 0x10000
@@ -217,10 +228,6 @@ guest!(
         movl $0x10000, %eax
         jmp *%rax
     1:  # ring 3: read of a supervisor page
-        movb $0xa1, 0x10000 - 0x10000 + 0x6020
-        stac
-        movl $0x0060258a, 0x10000
-        clac
         movl $0x10000, 0x6000
         movl $(2f - 9b + 0x8000), 0x6004
         stac
@@ -361,21 +368,13 @@ pub(super) const GUESTS: &[Guest] = &[
         "paging/pae",
         || paging_pae(),
         Entry::Pae,
-        &[
-            0xc3,
-            14,
-            0x11,
-            0x10_0000,
-            14,
-            9,
-            0x10_1000,
-            14,
-            0,
-            0x4001_0000,
-            0xc3,
-            13,
-            0,
-        ],
+        &[0xc3, 14, 0x11, 0x10_0000, 14, 9, 0x10_1000],
+    ),
+    guest(
+        "paging/pae-pdpte",
+        || paging_pdpte(),
+        Entry::Pae,
+        &[14, 0, 0x4001_0000, 0xc3, 13, 0],
     ),
     guest(
         "paging/long",
@@ -394,6 +393,8 @@ pub(super) const GUESTS: &[Guest] = &[
             13,
             0,
             12,
+            0,
+            8,
             0,
             14,
             9,

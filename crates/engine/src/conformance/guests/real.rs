@@ -179,7 +179,7 @@ guest!(
         movl $(3f - 9b + 0x8000), 0x6004
         movl %esp, 0x6008
         # IOPL 3
-        movl $(2f - 9b + 0x8000), 0x6000
+        movl $(2f - 9b), 0x6000
         pushl $0
         pushl $0
         pushl $0x1000
@@ -198,7 +198,7 @@ guest!(
         andl $0x3200, %eax
         TRACE_EAX
         sti
-        movw %es, %ax
+        movw %ds, %ax
         movw %cs, %bx
         shll $16, %eax
         movw %bx, %ax
@@ -268,6 +268,6 @@ pub(super) const GUESTS: &[Guest] = &[
         entry: Entry::Protected,
         vcpus: 1,
         end: End::Pass,
-        trace: &[0x3000, 0x1000_0800, 6, 0, 0xbad, 0, 13, 0, 0],
+        trace: &[0x3000, 0x1000_0800, 6, 0, 13, 0, 0],
     },
 ];
