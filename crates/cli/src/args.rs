@@ -135,7 +135,10 @@ impl RunArgs {
     pub fn spec(&self) -> VmSpec {
         let modules = self.modules.iter().map(|text| {
             let (path, args) = text.split_once(' ').unwrap_or((text, ""));
-            ModuleSpec { path: path.into(), args: args.into() }
+            ModuleSpec {
+                path: path.into(),
+                args: args.into(),
+            }
         });
         let console = self.console.map(|c| match c {
             ConsoleArg::Serial => ConsoleKind::Serial,
@@ -168,7 +171,11 @@ impl RunArgs {
             console: console.unwrap_or_default(),
             balloon: self.balloon,
             vsock: self.vsock.clone(),
-            reset: if self.no_reboot { ResetPolicy::Stop } else { ResetPolicy::Reboot },
+            reset: if self.no_reboot {
+                ResetPolicy::Stop
+            } else {
+                ResetPolicy::Reboot
+            },
             time_limit_ms: self
                 .timeout
                 .map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
@@ -218,8 +225,15 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
         }
     }
     let mut parts = parts.into_iter();
-    let path = parts.next().filter(|p| !p.is_empty()).ok_or("expected FILE[,ro][,serial=TEXT]")?;
-    let mut disk = DiskSpec { path: path.into(), read_only: false, serial: None };
+    let path = parts
+        .next()
+        .filter(|p| !p.is_empty())
+        .ok_or("expected FILE[,ro][,serial=TEXT]")?;
+    let mut disk = DiskSpec {
+        path: path.into(),
+        read_only: false,
+        serial: None,
+    };
     for part in parts {
         match part.split_once('=') {
             None if part == "ro" => disk.read_only = true,
@@ -275,7 +289,9 @@ fn parse_size(text: &str) -> Result<u64, String> {
         "T" | "TB" | "TIB" => 40,
         _ => return Err(EXPECTED.into()),
     };
-    number.checked_mul(1 << shift).ok_or_else(|| EXPECTED.into())
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| EXPECTED.into())
 }
 
 /// A time from `90`, `90s`, `1500ms`, `5m`, `2h`.
@@ -291,7 +307,9 @@ fn parse_time(text: &str) -> Result<Duration, String> {
         "h" => number.checked_mul(3_600_000),
         _ => None,
     };
-    ms.filter(|n| *n > 0).map(Duration::from_millis).ok_or_else(|| EXPECTED.into())
+    ms.filter(|n| *n > 0)
+        .map(Duration::from_millis)
+        .ok_or_else(|| EXPECTED.into())
 }
 
 #[cfg(test)]
@@ -309,13 +327,42 @@ mod tests {
     #[test]
     fn flags_become_a_spec() {
         let spec = run(&[
-            "--kernel", "k", "--initrd", "i", "--append", "-a b", "--disk", "d,ro,serial=S1",
-            "--disk", "a,,b", "-p", "8080:80", "-p", "0.0.0.0:53:53/udp", "--cpus", "4",
-            "--memory", "2G", "--engine", "soft", "--cpu", "x", "--console", "virtio",
-            "--timeout", "2m", "--no-reboot", "--balloon", "--module", "m a b",
+            "--kernel",
+            "k",
+            "--initrd",
+            "i",
+            "--append",
+            "-a b",
+            "--disk",
+            "d,ro,serial=S1",
+            "--disk",
+            "a,,b",
+            "-p",
+            "8080:80",
+            "-p",
+            "0.0.0.0:53:53/udp",
+            "--cpus",
+            "4",
+            "--memory",
+            "2G",
+            "--engine",
+            "soft",
+            "--cpu",
+            "x",
+            "--console",
+            "virtio",
+            "--timeout",
+            "2m",
+            "--no-reboot",
+            "--balloon",
+            "--module",
+            "m a b",
         ])
         .unwrap();
-        assert_eq!((spec.cpus, spec.memory_bytes, spec.engine), (4, 2 << 30, EngineKind::Soft));
+        assert_eq!(
+            (spec.cpus, spec.memory_bytes, spec.engine),
+            (4, 2 << 30, EngineKind::Soft)
+        );
         assert_eq!(spec.boot.append, "-a b");
         assert_eq!(spec.boot.modules[0].args, "a b");
         assert_eq!(spec.disks[0].serial.as_deref(), Some("S1"));

@@ -17,7 +17,14 @@ enum Mark {
 
 /// Prints the findings; 0 if VMs can run here, else 1.
 pub fn run() -> u8 {
-    let findings = [processor(), kvm(), memory(), user_namespaces(), cache(), package_client()];
+    let findings = [
+        processor(),
+        kvm(),
+        memory(),
+        user_namespaces(),
+        cache(),
+        package_client(),
+    ];
     for (mark, text) in &findings {
         let sign = match mark {
             Mark::Good => "ok  ",
@@ -47,15 +54,30 @@ fn processor() -> (Mark, String) {
         };
     }
     let needed = have!("sse4.2", "popcnt", "cmpxchg16b", "xsave");
-    let wanted = have!("avx", "avx2", "fma", "bmi1", "bmi2", "aes", "pclmulqdq", "sha", "avx512f");
+    let wanted = have!(
+        "avx",
+        "avx2",
+        "fma",
+        "bmi1",
+        "bmi2",
+        "aes",
+        "pclmulqdq",
+        "sha",
+        "avx512f"
+    );
     let info = read("/proc/cpuinfo").unwrap_or_default();
     let name = info
         .lines()
         .find_map(|l| l.strip_prefix("model name"))
-        .map_or("an x86-64 processor", |l| l.trim_start_matches([' ', '\t', ':']));
+        .map_or("an x86-64 processor", |l| {
+            l.trim_start_matches([' ', '\t', ':'])
+        });
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let list = |features: &[(&str, bool)], there: bool| {
-        let names = features.iter().filter(|(_, h)| *h == there).map(|(n, _)| *n);
+        let names = features
+            .iter()
+            .filter(|(_, h)| *h == there)
+            .map(|(n, _)| *n);
         names.collect::<Vec<_>>().join(" ")
     };
     let missing = list(&needed, false);
@@ -68,17 +90,26 @@ fn processor() -> (Mark, String) {
         s if s.is_empty() => String::new(),
         s => format!(" Not there, so guests will not see it either: {s}."),
     };
-    (Mark::Good, format!("Processor: {name}, {cpus} CPUs, with {has}.{lacks}"))
+    (
+        Mark::Good,
+        format!("Processor: {name}, {cpus} CPUs, with {has}.{lacks}"),
+    )
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn processor() -> (Mark, String) {
-    (Mark::Bad, "Processor: this is not an x86-64 host, and nothing else is supported yet.".into())
+    (
+        Mark::Bad,
+        "Processor: this is not an x86-64 host, and nothing else is supported yet.".into(),
+    )
 }
 
 fn kvm() -> (Mark, String) {
     match engines::probe_kvm() {
-        Ok(()) => (Mark::Good, "KVM: works at hardware speed; --engine auto uses it.".into()),
+        Ok(()) => (
+            Mark::Good,
+            "KVM: works at hardware speed; --engine auto uses it.".into(),
+        ),
         Err(why) => (
             Mark::Note,
             format!("KVM: not used: {why}. VMs run on the software engine, which needs nothing."),
@@ -90,15 +121,28 @@ fn memory() -> (Mark, String) {
     let info = read("/proc/meminfo").unwrap_or_default();
     let kib = |key: &str| {
         info.lines()
-            .find_map(|l| l.strip_prefix(key)?.trim_start_matches(':').trim().split(' ').next())
+            .find_map(|l| {
+                l.strip_prefix(key)?
+                    .trim_start_matches(':')
+                    .trim()
+                    .split(' ')
+                    .next()
+            })
             .and_then(|n| n.parse::<u64>().ok())
     };
     let Some(available) = kib("MemAvailable").map(|k| k >> 10) else {
-        return (Mark::Note, "Memory: /proc/meminfo does not say how much is available.".into());
+        return (
+            Mark::Note,
+            "Memory: /proc/meminfo does not say how much is available.".into(),
+        );
     };
     let limited = cgroup_limit_mib().filter(|l| *l < available);
     let mib = limited.unwrap_or(available);
-    let limit = if limited.is_some() { " (limit of this control group)" } else { "" };
+    let limit = if limited.is_some() {
+        " (limit of this control group)"
+    } else {
+        ""
+    };
     let mark = match mib {
         0..128 => Mark::Bad,
         128..1024 => Mark::Note,
@@ -137,10 +181,18 @@ fn user_namespaces() -> (Mark, String) {
 fn cache() -> (Mark, String) {
     let dir = match stock::cache_dir() {
         Ok(d) => d,
-        Err(e) => return (Mark::Note, format!("Cache: {e}. pyrite run needs --kernel.")),
+        Err(e) => {
+            return (
+                Mark::Note,
+                format!("Cache: {e}. pyrite run needs --kernel."),
+            );
+        }
     };
     // The nearest directory that exists decides; nothing is made here.
-    let there = dir.ancestors().find(|d| d.is_dir()).unwrap_or(Path::new("/"));
+    let there = dir
+        .ancestors()
+        .find(|d| d.is_dir())
+        .unwrap_or(Path::new("/"));
     let writable = fs::metadata(there).is_ok_and(|m| !m.permissions().readonly());
     if writable {
         (Mark::Good, format!("Cache: {}.", dir.display()))

@@ -53,13 +53,17 @@ pub fn message(ending: &Ending) -> Option<String> {
         Ending::PowerOff | Ending::Stopped | Ending::DebugExit { .. } => None,
         Ending::ResetStopped => Some("the guest reset the machine".into()),
         Ending::Crashed { reason } => Some(format!("the guest crashed: {reason}")),
-        Ending::ResetLoop { count } => {
-            Some(format!("reset loop: the guest was reset {count} times in a row; giving up"))
-        }
+        Ending::ResetLoop { count } => Some(format!(
+            "reset loop: the guest was reset {count} times in a row; giving up"
+        )),
         Ending::TimeLimit => Some("the time limit has passed".into()),
-        Ending::BadInput { errors } => {
-            Some(errors.iter().map(crate::args::describe).collect::<Vec<_>>().join("\n        "))
-        }
+        Ending::BadInput { errors } => Some(
+            errors
+                .iter()
+                .map(crate::args::describe)
+                .collect::<Vec<_>>()
+                .join("\n        "),
+        ),
         Ending::Failed { reason } => Some(reason.clone()),
     }
 }

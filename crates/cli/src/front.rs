@@ -63,15 +63,33 @@ pub fn run(spec: VmSpec, log_filter: &str) -> Result<u8> {
     let interactive = spec.console != ConsoleKind::None;
     let (control, control_vm) = UnixStream::pair().context("cannot make the control socket")?;
     let (console, console_vm) = UnixStream::pair().context("cannot make the console socket")?;
-    let terminal = if interactive { RawTerminal::enter() } else { None };
+    let terminal = if interactive {
+        RawTerminal::enter()
+    } else {
+        None
+    };
     let child = spawn(control_vm, console_vm, log_filter, terminal.is_some())?;
 
     let (heard, events) = sync_channel(QUEUE);
-    let output = show_output(console.try_clone().context("cannot share the console socket")?)?;
+    let output = show_output(
+        console
+            .try_clone()
+            .context("cannot share the console socket")?,
+    )?;
     if interactive {
-        read_keys(console.try_clone().context("cannot share the console socket")?, &heard)?;
+        read_keys(
+            console
+                .try_clone()
+                .context("cannot share the console socket")?,
+            &heard,
+        )?;
     }
-    hear_vm(control.try_clone().context("cannot share the control socket")?, &heard)?;
+    hear_vm(
+        control
+            .try_clone()
+            .context("cannot share the control socket")?,
+        &heard,
+    )?;
     let from_signals = heard.clone();
     thread("signals", move || {
         while let Ok(signal) = signals.next() {
@@ -95,7 +113,11 @@ pub fn run(spec: VmSpec, log_filter: &str) -> Result<u8> {
         kill_at,
         ending: None,
     };
-    let hello = Hello { protocol: PROTOCOL, spec, terminal_size: terminal::size() };
+    let hello = Hello {
+        protocol: PROTOCOL,
+        spec,
+        terminal_size: terminal::size(),
+    };
     // A VM process that died already is noticed by its reader.
     let _ = control::send(&mut session.control, &hello);
     session.decide(&events);
@@ -197,7 +219,10 @@ impl Session {
             };
             match event {
                 Ok(Heard::Vm(Message::Event(e))) => self.vm_event(e),
-                Ok(Heard::Vm(Message::Reply { outcome: Outcome::Failed(why), .. })) => {
+                Ok(Heard::Vm(Message::Reply {
+                    outcome: Outcome::Failed(why),
+                    ..
+                })) => {
                     self.say(&why);
                 }
                 Ok(Heard::Vm(Message::Reply { .. })) => {}
@@ -271,11 +296,21 @@ impl Session {
     fn ask(&mut self, command: Command) {
         self.next_id += 1;
         // A VM process that is gone is noticed by its reader.
-        let _ = control::send(&mut self.control, &Request { id: self.next_id, command });
+        let _ = control::send(
+            &mut self.control,
+            &Request {
+                id: self.next_id,
+                command,
+            },
+        );
     }
 
     fn newline(&self) -> &'static str {
-        if self.terminal.is_some() { "\r\n" } else { "\n" }
+        if self.terminal.is_some() {
+            "\r\n"
+        } else {
+            "\n"
+        }
     }
 
     fn say(&self, text: &str) {
@@ -315,7 +350,9 @@ impl Session {
                     None => format!("the VM process ended unexpectedly ({s})"),
                 },
             },
-            None => Ending::Failed { reason: "the VM process was lost".into() },
+            None => Ending::Failed {
+                reason: "the VM process was lost".into(),
+            },
         });
         if let Some(text) = exit::message(&ending) {
             eprintln!("pyrite: {text}");

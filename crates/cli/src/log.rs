@@ -31,12 +31,16 @@ impl Write for RawStderr {
 
 /// A filter from its text, or what is wrong with it.
 pub fn parse_filter(text: &str) -> Result<EnvFilter, String> {
-    EnvFilter::builder().parse(text).map_err(|e| format!("--log: {e}"))
+    EnvFilter::builder()
+        .parse(text)
+        .map_err(|e| format!("--log: {e}"))
 }
 
 /// Starts logging with `filter`. `raw`: lines end for a raw terminal.
 pub fn start(filter: EnvFilter, raw: bool) {
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false);
     let started = if raw {
         builder.with_writer(|| RawStderr).try_init()
     } else {

@@ -86,8 +86,13 @@ fn errors_of(spec: &VmSpec, with_boot: bool) -> Option<String> {
     if errors.is_empty() {
         errors = pyrite_vmm::inputs::check(spec, with_boot);
     }
-    (!errors.is_empty())
-        .then(|| errors.iter().map(args::describe).collect::<Vec<_>>().join("\n        "))
+    (!errors.is_empty()).then(|| {
+        errors
+            .iter()
+            .map(args::describe)
+            .collect::<Vec<_>>()
+            .join("\n        ")
+    })
 }
 
 fn vmm() -> u8 {

@@ -1,7 +1,10 @@
 //! Signals as a stream of numbers, read by a thread, instead of handlers.
 
 // UNSAFETY: the signal mask and signalfd, with local structures.
-#![allow(unsafe_code, reason = "signal masks have no safe interface in the standard library")]
+#![allow(
+    unsafe_code,
+    reason = "signal masks have no safe interface in the standard library"
+)]
 
 use std::fs::File;
 use std::io::Read;
@@ -34,9 +37,8 @@ impl Signals {
             unsafe { libc::sigaddset(&raw mut set, signal) };
         }
         // SAFETY: a valid set; the old mask is not wanted.
-        let e = unsafe {
-            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
-        };
+        let e =
+            unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
         if e != 0 {
             return Err(std::io::Error::from_raw_os_error(e));
         }
@@ -54,7 +56,9 @@ impl Signals {
         // signalfd_siginfo begins with ssi_signo.
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
         self.0.read_exact(&mut info)?;
-        let number = info.first_chunk::<4>().map_or(0, |b| u32::from_ne_bytes(*b));
+        let number = info
+            .first_chunk::<4>()
+            .map_or(0, |b| u32::from_ne_bytes(*b));
         Ok(libc::c_int::try_from(number).unwrap_or(0))
     }
 }

@@ -67,7 +67,11 @@ impl StockGuest {
 /// `$XDG_CACHE_HOME/pyrite` or `~/.cache/pyrite`.
 pub fn cache_dir() -> Result<PathBuf> {
     // The base directory specification: a relative path is to be ignored.
-    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let absolute = |name| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|p| p.is_absolute())
+    };
     absolute("XDG_CACHE_HOME")
         .or_else(|| absolute("HOME").map(|h| h.join(".cache")))
         .map(|c| c.join("pyrite"))
@@ -76,7 +80,10 @@ pub fn cache_dir() -> Result<PathBuf> {
 
 /// Programs that fetching needs and that this host lacks.
 pub fn missing_programs() -> Vec<&'static str> {
-    fetch::PROGRAMS.into_iter().filter(|p| !fetch::installed(p)).collect()
+    fetch::PROGRAMS
+        .into_iter()
+        .filter(|p| !fetch::installed(p))
+        .collect()
 }
 
 /// The stock guest: from the cache if it is there and whole, else fetched.
@@ -140,7 +147,9 @@ fn sha256(path: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let n = file.read(&mut buffer).with_context(|| format!("reading {}", path.display()))?;
+        let n = file
+            .read(&mut buffer)
+            .with_context(|| format!("reading {}", path.display()))?;
         if n == 0 {
             return Ok(hex(&hash.finalize()));
         }
@@ -223,8 +232,13 @@ fn kernel_in(root: &Path) -> Result<PathBuf> {
     let mut kernels: Vec<PathBuf> = fs::read_dir(&boot)
         .context("the kernel package has no /boot")?
         .filter_map(|e| e.ok().map(|e| e.path()))
-        .filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-")))
+        .filter(|p| {
+            p.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-"))
+        })
         .collect();
     kernels.sort();
-    kernels.pop().context("the kernel package has no /boot/vmlinuz-*")
+    kernels
+        .pop()
+        .context("the kernel package has no /boot/vmlinuz-*")
 }

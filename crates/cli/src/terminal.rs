@@ -1,7 +1,10 @@
 //! The terminal in raw mode, and back on every way out.
 
 // UNSAFETY: termios and window-size calls on descriptor 0 with local structures.
-#![allow(unsafe_code, reason = "termios has no safe interface in the standard library")]
+#![allow(
+    unsafe_code,
+    reason = "termios has no safe interface in the standard library"
+)]
 
 use std::io::IsTerminal;
 use std::sync::Mutex;
@@ -26,7 +29,9 @@ impl RawTerminal {
         if unsafe { libc::tcgetattr(0, &raw mut t) } != 0 {
             return None;
         }
-        *COOKED.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(t);
+        *COOKED
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(t);
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             restore();
@@ -38,7 +43,9 @@ impl RawTerminal {
 
     /// Raw again, after the process was stopped and went on.
     pub fn again(&self) {
-        let cooked = *COOKED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let cooked = *COOKED
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(t) = cooked {
             set_raw(t);
         }
@@ -46,7 +53,9 @@ impl RawTerminal {
 
     /// Cooked for a while, before the process stops.
     pub fn suspend(&self) {
-        let cooked = *COOKED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let cooked = *COOKED
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(t) = cooked {
             set(&t);
         }
@@ -79,7 +88,10 @@ fn set_raw(cooked: libc::termios) {
 
 /// Puts the terminal back, once.
 pub fn restore() {
-    let cooked = COOKED.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+    let cooked = COOKED
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+        .take();
     if let Some(t) = cooked {
         set(&t);
     }

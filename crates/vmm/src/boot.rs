@@ -268,7 +268,10 @@ pub fn firmware_registers(s: &mut CpuState, cpuid: &pyrite_engine::CpuidTable, b
     /// Fixed-range and all MTRRs enabled. Intel SDM Vol. 3A §11.11.2.1.
     const ENABLE: u64 = 1 << 11 | 1 << 10;
     const VALID: u64 = 1 << 11;
-    let bits = cpuid.get(0x8000_0008, 0).map_or(36, |e| e.eax & 0xff).clamp(32, 52);
+    let bits = cpuid
+        .get(0x8000_0008, 0)
+        .map_or(36, |e| e.eax & 0xff)
+        .clamp(32, 52);
     s.msrs.mtrr_def_type = ENABLE | WRITE_BACK;
     // Everything from 3 GiB to 4 GiB is devices.
     s.msrs.mtrr_var[0] = pyrite_mem::LOW_RAM_END | UNCACHEABLE;

@@ -58,7 +58,11 @@ pub(crate) fn open_boot(spec: &VmSpec) -> Result<BootImage, Vec<BootError>> {
         }
     };
     let kernel = open(BootInput::Kernel, &spec.boot.kernel);
-    let initrd = spec.boot.initrd.as_ref().map(|p| open(BootInput::Initrd, p));
+    let initrd = spec
+        .boot
+        .initrd
+        .as_ref()
+        .map(|p| open(BootInput::Initrd, p));
     let modules: Vec<_> = spec
         .boot
         .modules
@@ -146,7 +150,11 @@ fn check_initrd(path: &Path) -> Result<(), String> {
         || head.starts_with(b"hsqs")
         || head.starts_with(b"-rom1fs-")
         || ext == [0x53, 0xef];
-    if known { Ok(()) } else { Err(format!("this is no initial RAM disk; {EXPECTED}")) }
+    if known {
+        Ok(())
+    } else {
+        Err(format!("this is no initial RAM disk; {EXPECTED}"))
+    }
 }
 
 /// Follows the headers of a cpio archive to its trailer.
@@ -185,7 +193,10 @@ fn check_disk(disk: &DiskSpec) -> Result<(), String> {
     if !meta.is_file() && !meta.file_type().is_block_device() {
         return Err("expected a disk image file or a block device".into());
     }
-    let open = File::options().read(true).write(!disk.read_only).open(&disk.path);
+    let open = File::options()
+        .read(true)
+        .write(!disk.read_only)
+        .open(&disk.path);
     let mut file = open.map_err(|e| {
         if !disk.read_only && e.kind() == std::io::ErrorKind::PermissionDenied {
             format!("{e}; add ,ro if the guest need not write to it")
@@ -198,7 +209,9 @@ fn check_disk(disk: &DiskSpec) -> Result<(), String> {
         return Err("the file is empty; expected a raw disk image".into());
     }
     if let Some(format) = foreign_image(&mut file).map_err(|e| e.to_string())? {
-        return Err(format!("this is a {format} image; expected a raw disk image"));
+        return Err(format!(
+            "this is a {format} image; expected a raw disk image"
+        ));
     }
     if !size.is_multiple_of(512) {
         return Err(format!(
@@ -230,12 +243,17 @@ fn foreign_image(file: &mut File) -> std::io::Result<Option<&'static str>> {
 fn bytes_described(file: &mut File) -> std::io::Result<Option<u64>> {
     const GPT_PROTECTIVE: u8 = 0xee;
     let le32 = |b: &[u8], at: usize| {
-        b.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
+        b.get(at..at + 4)
+            .and_then(|b| b.try_into().ok())
+            .map_or(0, u32::from_le_bytes)
     };
     let gpt: [u8; 40] = peek(file, 512)?;
     if gpt.starts_with(b"EFI PART") {
         // AlternateLBA is the last sector of the disk. UEFI 2.10 table 5.5.
-        let last = gpt.get(32..40).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
+        let last = gpt
+            .get(32..40)
+            .and_then(|b| b.try_into().ok())
+            .map_or(0, u64::from_le_bytes);
         return Ok(last.checked_add(1).and_then(|n| n.checked_mul(512)));
     }
     let superblock: [u8; 96] = peek(file, 1024)?;
@@ -250,7 +268,9 @@ fn bytes_described(file: &mut File) -> std::io::Result<Option<u64>> {
     if mbr.get(510..) != Some(&[0x55, 0xaa]) {
         return Ok(None);
     }
-    let entries: Vec<&[u8]> = mbr.get(446..510).map_or(Vec::new(), |t| t.chunks(16).collect());
+    let entries: Vec<&[u8]> = mbr
+        .get(446..510)
+        .map_or(Vec::new(), |t| t.chunks(16).collect());
     // A boot sector of a file system has code where the table would be.
     if entries.iter().any(|e| !matches!(e.first(), Some(0 | 0x80))) {
         return Ok(None);
@@ -265,9 +285,10 @@ fn bytes_described(file: &mut File) -> std::io::Result<Option<u64>> {
 fn check_vsock(path: &Path) -> Result<(), SpecError> {
     let bad = |text: String| Err(SpecError::new("vsock", text));
     match std::fs::symlink_metadata(path) {
-        Ok(m) if m.file_type().is_socket() => {
-            bad(format!("{} exists already (another VM's socket?)", path.display()))
-        }
+        Ok(m) if m.file_type().is_socket() => bad(format!(
+            "{} exists already (another VM's socket?)",
+            path.display()
+        )),
         Ok(_) => bad(format!("{} exists and is no socket", path.display())),
         Err(_) => match path.parent().filter(|p| !p.as_os_str().is_empty()) {
             Some(dir) if !dir.is_dir() => bad(format!("{} is no directory", dir.display())),

@@ -16,9 +16,7 @@ use pyrite_engine::{CpuIo, CpuidTable, Vm, VmConfig};
 use pyrite_mem::GuestMemory;
 use pyrite_net::NetBackend;
 use pyrite_net::usernet::{Forward, ForwardProtocol, Usernet, UsernetConfig};
-use pyrite_vdev::{
-    IntrSink, Lifecycle, MachineEvents, MsiMessage, MsiSink, PciFunction, VmClock,
-};
+use pyrite_vdev::{IntrSink, Lifecycle, MachineEvents, MsiMessage, MsiSink, PciFunction, VmClock};
 use pyrite_virtio::{
     Balloon, Blk, BlkConfig, Console as VirtioConsole, Net, NetConfig, PortConfig, Rng,
     VirtioDevice, VirtioPciDevice,
@@ -172,7 +170,7 @@ impl Machine {
         plug_devices(spec, &console, &mut slots)?;
         units.extend(pci_host);
 
-        let acpi_pm = Arc::clone(&chipset.acpi_pm);
+        let acpi_pm = Arc::clone(&chipset.pm);
         let chipset = Arc::new(chipset);
         let time = Arc::clone(&clock);
         let vm = engine
@@ -245,22 +243,36 @@ fn plug_devices(
     slots: &mut Slots<'_>,
 ) -> Result<(), AssemblyError> {
     for (n, d) in spec.disks.iter().enumerate() {
-        let backend = open_disk(&d.path, d.read_only)
-            .map_err(|e| input(format!("disks[{n}].path"), format!("{}: {e}", d.path.display())))?;
+        let backend = open_disk(&d.path, d.read_only).map_err(|e| {
+            input(
+                format!("disks[{n}].path"),
+                format!("{}: {e}", d.path.display()),
+            )
+        })?;
         let config = BlkConfig {
             serial: d.serial.clone().unwrap_or_default(),
             ..BlkConfig::default()
         };
-        slots.plug(&format!("virtio-blk{n}"), Box::new(Blk::new(backend, config)))?;
+        slots.plug(
+            &format!("virtio-blk{n}"),
+            Box::new(Blk::new(backend, config)),
+        )?;
     }
     if spec.net.kind == NetKind::User {
         let backend = user_network(&spec.net.forwards)?;
         // Locally administered; one VM has one card.
         let mac = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
-        slots.plug("virtio-net0", Box::new(Net::new(backend, NetConfig::new(mac))))?;
+        slots.plug(
+            "virtio-net0",
+            Box::new(Net::new(backend, NetConfig::new(mac))),
+        )?;
     }
     if spec.console == ConsoleKind::Virtio {
-        let port = PortConfig { name: String::new(), console: true, backend: console.port() };
+        let port = PortConfig {
+            name: String::new(),
+            console: true,
+            backend: console.port(),
+        };
         slots.plug("virtio-console0", Box::new(VirtioConsole::new(vec![port])))?;
     }
     let rng = Rng::new().map_err(|e| host("entropy source")(e.into()))?;
@@ -290,7 +302,10 @@ fn user_network(forwards: &[ForwardSpec]) -> Result<Arc<dyn NetBackend>, Assembl
             guest_port: f.guest_port,
         })
         .collect();
-    let config = UsernetConfig { forwards, ..UsernetConfig::default() };
+    let config = UsernetConfig {
+        forwards,
+        ..UsernetConfig::default()
+    };
     let net = Usernet::new(config).map_err(|e| input("net.forwards", e.to_string()))?;
     Ok(Arc::new(net))
 }

@@ -21,7 +21,8 @@ const SHOW_WITHIN: Duration = Duration::from_secs(2);
 
 /// Serves one VM: standard input is the control socket, standard output the console socket.
 pub fn serve_standard_streams() -> Result<()> {
-    let control = socket(std::io::stdin().as_fd().try_clone_to_owned()).context("standard input")?;
+    let control =
+        socket(std::io::stdin().as_fd().try_clone_to_owned()).context("standard input")?;
     let console =
         socket(std::io::stdout().as_fd().try_clone_to_owned()).context("standard output")?;
     serve(control, console)
@@ -40,7 +41,10 @@ pub fn serve(mut control: UnixStream, console: UnixStream) -> Result<()> {
         return Ok(());
     };
     if hello.protocol != PROTOCOL {
-        bail!("the front speaks protocol {}, this program {PROTOCOL}", hello.protocol);
+        bail!(
+            "the front speaks protocol {}, this program {PROTOCOL}",
+            hello.protocol
+        );
     }
     let ending = match assemble(hello, from, &control, console) {
         Ok((driver, console)) => {
@@ -49,7 +53,9 @@ pub fn serve(mut control: UnixStream, console: UnixStream) -> Result<()> {
             ending
         }
         Err(AssemblyError::Input(errors)) => Ending::BadInput { errors },
-        Err(AssemblyError::Host(e)) => Ending::Failed { reason: format!("{e:#}") },
+        Err(AssemblyError::Host(e)) => Ending::Failed {
+            reason: format!("{e:#}"),
+        },
     };
     // A front that is gone does not want to know.
     let _ = control::send(&mut control, &Message::Event(Notice::Ended(ending)));
@@ -102,9 +108,8 @@ fn assemble(
     let (engine, why) = engines::choose(spec.engine);
     let cpuid = match &manifest {
         Some(m) => m.cpuid(),
-        None => engines::guest_cpuid(engine, &spec.cpu_model, spec.cpus).map_err(|e| {
-            AssemblyError::Input(vec![SpecError::new("cpu_model", e)])
-        })?,
+        None => engines::guest_cpuid(engine, &spec.cpu_model, spec.cpus)
+            .map_err(|e| AssemblyError::Input(vec![SpecError::new("cpu_model", e)]))?,
     };
     let (sender, events) = run::queue();
     let guest = GuestRequests::new(sender.clone());
@@ -126,5 +131,17 @@ fn assemble(
     let engine: (&'static str, String) = (Engine::name(engine), why);
     tracing::info!(engine = engine.0, why = engine.1, "assembled");
     let guest: Arc<GuestRequests> = guest;
-    Ok((Driver { spec, machine, image, guest, control, events, sender, engine }, console))
+    Ok((
+        Driver {
+            spec,
+            machine,
+            image,
+            guest,
+            control,
+            events,
+            sender,
+            engine,
+        },
+        console,
+    ))
 }

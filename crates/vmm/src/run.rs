@@ -11,13 +11,15 @@
 use std::collections::VecDeque;
 use std::io::BufReader;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use pyrite_api::control::{self, Command, Ending, Event as Notice, Message, Outcome, Request, Tree};
+use pyrite_api::control::{
+    self, Command, Ending, Event as Notice, Message, Outcome, Request, Tree,
+};
 use pyrite_api::v1::{ResetPolicy, SNAPSHOT_FORMAT, SnapshotManifest, VmSpec};
 use pyrite_engine::{StopReason, saved};
 use pyrite_state::Inspect;
@@ -82,7 +84,11 @@ pub struct GuestRequests {
 impl GuestRequests {
     /// Requests that wake the driver behind `events`.
     pub fn new(events: Sender<Event>) -> Arc<GuestRequests> {
-        Arc::new(GuestRequests { bits: AtomicU32::new(0), code: AtomicU32::new(0), events })
+        Arc::new(GuestRequests {
+            bits: AtomicU32::new(0),
+            code: AtomicU32::new(0),
+            events,
+        })
     }
     fn note(&self, bit: u32) {
         if self.bits.fetch_or(bit, Ordering::AcqRel) == 0 {
@@ -182,7 +188,9 @@ impl Driver {
             .spawn(move || clock.run_timers());
         let vcpus = Vcpus::spawn(&self.machine.vm, self.machine.vcpus, &self.sender);
         let (Ok(_), Ok(vcpus)) = (timers, vcpus) else {
-            return Ending::Failed { reason: "cannot start the VM's threads".into() };
+            return Ending::Failed {
+                reason: "cannot start the VM's threads".into(),
+            };
         };
         let mut running = Running {
             d: self,
@@ -208,7 +216,9 @@ impl Driver {
 
 /// A failure of what the driver needs.
 fn failed(e: &anyhow::Error) -> Ending {
-    Ending::Failed { reason: format!("{e:#}") }
+    Ending::Failed {
+        reason: format!("{e:#}"),
+    }
 }
 
 impl Running {
@@ -245,7 +255,9 @@ impl Running {
                     if let Some((line, since)) = &self.panic
                         && since.elapsed() >= PANIC_SILENCE
                     {
-                        return Ending::Crashed { reason: line.clone() };
+                        return Ending::Crashed {
+                            reason: line.clone(),
+                        };
                     }
                 }
             }
@@ -258,8 +270,15 @@ impl Running {
             return Some(e);
         }
         let got = match wake {
-            Some(w) => self.d.events.recv_timeout(w.saturating_duration_since(Instant::now())),
-            None => self.d.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(w) => self
+                .d
+                .events
+                .recv_timeout(w.saturating_duration_since(Instant::now())),
+            None => self
+                .d
+                .events
+                .recv()
+                .map_err(|_| RecvTimeoutError::Disconnected),
         };
         got.ok()
     }
@@ -309,7 +328,9 @@ impl Running {
             }
             StopReason::Failed(e) => {
                 let e = anyhow::Error::new(e);
-                Some(Ending::Failed { reason: format!("vCPU {index}: {e:#}") })
+                Some(Ending::Failed {
+                    reason: format!("vCPU {index}: {e:#}"),
+                })
             }
         }
     }
@@ -342,10 +363,21 @@ impl Running {
 
     /// A reset that the guest caused: counts towards a reset loop.
     fn guest_reset(&mut self) -> Option<Ending> {
-        let uptime = self.d.machine.clock.now_ns().saturating_sub(self.booted_at_ns);
-        self.resets_in_a_row = if uptime < LOOP_UPTIME_NS { self.resets_in_a_row + 1 } else { 1 };
+        let uptime = self
+            .d
+            .machine
+            .clock
+            .now_ns()
+            .saturating_sub(self.booted_at_ns);
+        self.resets_in_a_row = if uptime < LOOP_UPTIME_NS {
+            self.resets_in_a_row + 1
+        } else {
+            1
+        };
         if self.resets_in_a_row > LOOP_RESETS {
-            return Some(Ending::ResetLoop { count: self.resets_in_a_row });
+            return Some(Ending::ResetLoop {
+                count: self.resets_in_a_row,
+            });
         }
         self.reset()
     }
@@ -403,7 +435,13 @@ impl Running {
         };
         let outcome = done.unwrap_or_else(|e| Outcome::Failed(format!("{e:#}")));
         // A front that is gone is noticed by its reader.
-        let _ = control::send(&mut self.d.control, &Message::Reply { id: request.id, outcome });
+        let _ = control::send(
+            &mut self.d.control,
+            &Message::Reply {
+                id: request.id,
+                outcome,
+            },
+        );
         ending
     }
 
@@ -456,7 +494,8 @@ impl Running {
                 Ok(Event::VcpuStopped { index, reason }) => {
                     self.vcpus.stopped(index);
                     if !matches!(reason, StopReason::Requested) {
-                        self.deferred.push_back(Event::VcpuStopped { index, reason });
+                        self.deferred
+                            .push_back(Event::VcpuStopped { index, reason });
                     }
                 }
                 Ok(other) => self.deferred.push_back(other),
@@ -477,11 +516,15 @@ impl Running {
             lock(unit).reset();
         }
         for r in m.memory.regions() {
-            m.memory.discard(r.gpa, r.size_bytes).map_err(|e| failed(&e.into()))?;
+            m.memory
+                .discard(r.gpa, r.size_bytes)
+                .map_err(|e| failed(&e.into()))?;
         }
-        let mut first = image.load(&m.memory, m.vcpus).map_err(|e| Ending::BadInput {
-            errors: vec![crate::inputs::spec_error(&e)],
-        })?;
+        let mut first = image
+            .load(&m.memory, m.vcpus)
+            .map_err(|e| Ending::BadInput {
+                errors: vec![crate::inputs::spec_error(&e)],
+            })?;
         m.chipset.pci.assign_bars().map_err(|e| failed(&e.into()))?;
         crate::boot::firmware_registers(&mut first, &m.cpuid, true);
         let mut states = vec![Box::new(first)];
@@ -491,10 +534,13 @@ impl Running {
             states.push(Box::new(s));
         }
         for (index, state) in (0..).zip(states) {
-            self.vcpus.set_state(index, state).map_err(|e| failed(&e.into()))?;
+            self.vcpus
+                .set_state(index, state)
+                .map_err(|e| failed(&e.into()))?;
         }
         // A vCPU that stopped for a reason of the time before the reset is heard no more.
-        self.deferred.retain(|e| !matches!(e, Event::VcpuStopped { .. } | Event::Guest));
+        self.deferred
+            .retain(|e| !matches!(e, Event::VcpuStopped { .. } | Event::Guest));
         self.booted_at_ns = m.clock.now_ns();
         Ok(())
     }
@@ -539,7 +585,10 @@ impl Running {
         let manifest = SnapshotManifest {
             format: SNAPSHOT_FORMAT,
             board: crate::board::BOARD_VERSION,
-            spec: VmSpec { restore: None, ..self.d.spec.clone() },
+            spec: VmSpec {
+                restore: None,
+                ..self.d.spec.clone()
+            },
             engine: self.d.engine.0.to_owned(),
             clock_ns: m.clock.now_ns(),
             cpuid: snapshot::cpuid_rows(&m.cpuid),
@@ -571,7 +620,10 @@ impl Running {
             self.vcpus.set_state(index, Box::new(state))?;
         }
         if let Some(left) = sections.first() {
-            bail!("the snapshot has state of {}, which this machine does not have", left.unit);
+            bail!(
+                "the snapshot has state of {}, which this machine does not have",
+                left.unit
+            );
         }
         m.chipset.pci.refresh();
         Ok(())
@@ -584,8 +636,12 @@ fn vcpu_unit(index: u32) -> String {
 
 /// XSAVE components that a guest with this CPUID may enable, user and supervisor.
 fn xsave_components(cpuid: &pyrite_engine::CpuidTable) -> u64 {
-    let user = cpuid.get(0xd, 0).map_or(3, |e| u64::from(e.edx) << 32 | u64::from(e.eax));
-    let supervisor = cpuid.get(0xd, 1).map_or(0, |e| u64::from(e.edx) << 32 | u64::from(e.ecx));
+    let user = cpuid
+        .get(0xd, 0)
+        .map_or(3, |e| u64::from(e.edx) << 32 | u64::from(e.eax));
+    let supervisor = cpuid
+        .get(0xd, 1)
+        .map_or(0, |e| u64::from(e.edx) << 32 | u64::from(e.ecx));
     user | supervisor
 }
 

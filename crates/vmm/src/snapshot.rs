@@ -78,14 +78,24 @@ impl Manifest {
             ecx,
             edx,
         };
-        CpuidTable { entries: self.0.cpuid.iter().map(entry).collect() }
+        CpuidTable {
+            entries: self.0.cpuid.iter().map(entry).collect(),
+        }
     }
 }
 
 /// A CPUID table as a manifest holds it.
 pub fn cpuid_rows(table: &CpuidTable) -> Vec<[u32; 7]> {
     let row = |e: &CpuidEntry| {
-        [e.leaf, e.subleaf, u32::from(e.indexed), e.eax, e.ebx, e.ecx, e.edx]
+        [
+            e.leaf,
+            e.subleaf,
+            u32::from(e.indexed),
+            e.eax,
+            e.ebx,
+            e.ecx,
+            e.edx,
+        ]
     };
     table.entries.iter().map(row).collect()
 }
@@ -114,20 +124,26 @@ fn write_files(
     let body = minicbor::to_vec(sections).context("cannot encode the state")?;
     let mut state = File::create_new(dir.join(STATE)).context("cannot make the state file")?;
     state.write_all(MAGIC).context("cannot write the state")?;
-    state.write_all(&crc32c::crc32c(&body).to_le_bytes()).context("cannot write the state")?;
+    state
+        .write_all(&crc32c::crc32c(&body).to_le_bytes())
+        .context("cannot write the state")?;
     state.write_all(&body).context("cannot write the state")?;
     state.sync_all().context("cannot write the state")?;
 
     let out = File::create_new(dir.join(MEMORY)).context("cannot make the memory file")?;
-    out.set_len(memory.size_bytes()).context("cannot size the memory file")?;
+    out.set_len(memory.size_bytes())
+        .context("cannot size the memory file")?;
     let mut piece = vec![0; PIECE];
     for r in memory.regions() {
         for at in (0..r.size_bytes).step_by(PIECE) {
             let n = (r.size_bytes - at).min(PIECE as u64) as usize;
             let part = piece.get_mut(..n).unwrap_or_default();
-            memory.read(r.gpa + at, part).context("cannot read guest memory")?;
+            memory
+                .read(r.gpa + at, part)
+                .context("cannot read guest memory")?;
             if part.iter().any(|b| *b != 0) {
-                out.write_all_at(part, r.ram_offset + at).context("cannot write the memory")?;
+                out.write_all_at(part, r.ram_offset + at)
+                    .context("cannot write the memory")?;
             }
         }
     }
@@ -135,7 +151,8 @@ fn write_files(
 
     let text = manifest.to_json().map_err(anyhow::Error::msg)?;
     let mut file = File::create_new(dir.join(MANIFEST)).context("cannot make the manifest")?;
-    file.write_all(text.as_bytes()).context("cannot write the manifest")?;
+    file.write_all(text.as_bytes())
+        .context("cannot write the manifest")?;
     file.sync_all().context("cannot write the manifest")
 }
 
@@ -147,8 +164,11 @@ pub fn read_sections(dir: &Path) -> Result<Vec<Section>> {
         bail!("the state file is too large");
     }
     let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).context("cannot read the state file")?;
-    let Some(rest) = bytes.strip_prefix(MAGIC) else { bail!("this is no state file") };
+    file.read_to_end(&mut bytes)
+        .context("cannot read the state file")?;
+    let Some(rest) = bytes.strip_prefix(MAGIC) else {
+        bail!("this is no state file")
+    };
     let Some((crc, body)) = rest.split_first_chunk::<4>() else {
         bail!("the state file is truncated");
     };
@@ -166,9 +186,12 @@ pub fn read_memory(dir: &Path, memory: &GuestMemory) -> Result<()> {
         for at in (0..r.size_bytes).step_by(PIECE) {
             let n = (r.size_bytes - at).min(PIECE as u64) as usize;
             let part = piece.get_mut(..n).unwrap_or_default();
-            file.read_exact_at(part, r.ram_offset + at).context("cannot read the memory file")?;
+            file.read_exact_at(part, r.ram_offset + at)
+                .context("cannot read the memory file")?;
             if part.iter().any(|b| *b != 0) {
-                memory.write(r.gpa + at, part).context("cannot write guest memory")?;
+                memory
+                    .write(r.gpa + at, part)
+                    .context("cannot write guest memory")?;
             }
         }
     }

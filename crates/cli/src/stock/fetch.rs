@@ -36,7 +36,9 @@ struct Remote {
 impl Apt {
     /// The host's own lists.
     fn host() -> Apt {
-        Apt { options: Vec::new() }
+        Apt {
+            options: Vec::new(),
+        }
     }
 
     /// Lists of our own under `dir`.
@@ -60,7 +62,9 @@ impl Apt {
     fn command(&self, program: &str) -> Command {
         let mut c = Command::new(program);
         // As root the client would drop to a user that cannot write here.
-        c.args(["-q", "-o", "APT::Sandbox::User=root"]).stdin(Stdio::null()).env("LC_ALL", "C");
+        c.args(["-q", "-o", "APT::Sandbox::User=root"])
+            .stdin(Stdio::null())
+            .env("LC_ALL", "C");
         for o in &self.options {
             c.args(["-o", o]);
         }
@@ -70,10 +74,16 @@ impl Apt {
     /// The kernel package and what of its modules comes separately.
     fn kernel_packages(&self) -> Option<Vec<String>> {
         KERNEL_PACKAGES.iter().find_map(|meta| {
-            let out =
-                self.command("apt-cache").args(["depends", "--important", meta]).output().ok()?;
+            let out = self
+                .command("apt-cache")
+                .args(["depends", "--important", meta])
+                .output()
+                .ok()?;
             let names = kernel_dependencies(&String::from_utf8_lossy(&out.stdout));
-            names.iter().any(|n| n.starts_with("linux-image-")).then_some(names)
+            names
+                .iter()
+                .any(|n| n.starts_with("linux-image-"))
+                .then_some(names)
         })
     }
 
@@ -81,7 +91,11 @@ impl Apt {
         let bar = ProgressBar::new_spinner()
             .with_message("reading the package lists of the host's sources");
         bar.enable_steady_tick(Duration::from_millis(120));
-        let out = self.command("apt-get").arg("update").output().context("cannot run apt-get")?;
+        let out = self
+            .command("apt-get")
+            .arg("update")
+            .output()
+            .context("cannot run apt-get")?;
         bar.finish_and_clear();
         check("apt-get update", &out)
     }
@@ -107,7 +121,9 @@ impl Apt {
 fn kernel_dependencies(text: &str) -> Vec<String> {
     let mut names = Vec::new();
     for line in text.lines() {
-        let Some(name) = line.trim().strip_prefix("Depends: ") else { continue };
+        let Some(name) = line.trim().strip_prefix("Depends: ") else {
+            continue;
+        };
         let name = name.trim();
         let is_kernel = name.starts_with("linux-image-") || name.starts_with("linux-modules-");
         if is_kernel && !names.iter().any(|n| n == name) {
@@ -122,10 +138,16 @@ fn parse_uris(text: &str) -> Vec<Remote> {
     text.lines()
         .filter_map(|line| {
             let mut words = line.strip_prefix('\'')?.split_once("' ")?.1.split(' ');
-            let name = words.next().filter(|n| n.ends_with(".deb") && !n.contains('/'))?;
+            let name = words
+                .next()
+                .filter(|n| n.ends_with(".deb") && !n.contains('/'))?;
             let size_bytes = words.next()?.parse().ok()?;
             let sha256 = words.next()?.strip_prefix("SHA256:")?;
-            Some(Remote { name: name.into(), size_bytes, sha256: sha256.into() })
+            Some(Remote {
+                name: name.into(),
+                size_bytes,
+                sha256: sha256.into(),
+            })
         })
         .collect()
 }
@@ -135,8 +157,19 @@ fn check(what: &str, out: &Output) -> Result<()> {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&out.stderr);
-    let lines: Vec<&str> = text.lines().filter(|l| l.starts_with("E:")).take(3).collect();
-    bail!("{what} failed: {}", if lines.is_empty() { text.trim().into() } else { lines.join("; ") })
+    let lines: Vec<&str> = text
+        .lines()
+        .filter(|l| l.starts_with("E:"))
+        .take(3)
+        .collect();
+    bail!(
+        "{what} failed: {}",
+        if lines.is_empty() {
+            text.trim().into()
+        } else {
+            lines.join("; ")
+        }
+    )
 }
 
 /// True if a program can be started.
@@ -147,7 +180,9 @@ pub fn installed(program: &str) -> bool {
 
 /// Packages that somebody put into `dir`, if both are there.
 pub fn provided(dir: &Path) -> Result<Option<Vec<PathBuf>>> {
-    let Ok(entries) = fs::read_dir(dir) else { return Ok(None) };
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Ok(None);
+    };
     let mut files: Vec<PathBuf> = entries.filter_map(|e| e.ok().map(|e| e.path())).collect();
     files.sort();
     let named = |start: &str| {
@@ -160,7 +195,13 @@ pub fn provided(dir: &Path) -> Result<Option<Vec<PathBuf>>> {
         return Ok(None);
     };
     let modules = named("linux-modules-");
-    Ok(Some([Some(kernel), modules, Some(busybox)].into_iter().flatten().cloned().collect()))
+    Ok(Some(
+        [Some(kernel), modules, Some(busybox)]
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect(),
+    ))
 }
 
 /// Fetches the packages into `into`; their paths.
@@ -192,7 +233,9 @@ fn download(apt: &Apt, mut packages: Vec<String>, into: &Path) -> Result<Vec<Pat
     let total = remotes.iter().map(|r| r.size_bytes).sum();
     let style = ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {eta}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
-    let bar = ProgressBar::new(total).with_style(style).with_message("fetching a Debian kernel");
+    let bar = ProgressBar::new(total)
+        .with_style(style)
+        .with_message("fetching a Debian kernel");
     let mut child = apt
         .command("apt-get")
         .arg("download")
@@ -207,13 +250,21 @@ fn download(apt: &Apt, mut packages: Vec<String>, into: &Path) -> Result<Vec<Pat
         std::thread::sleep(Duration::from_millis(50));
     }
     bar.finish_and_clear();
-    check("apt-get download", &child.wait_with_output().context("lost apt-get")?)?;
+    check(
+        "apt-get download",
+        &child.wait_with_output().context("lost apt-get")?,
+    )?;
     remotes.iter().map(|r| verified(into, r)).collect()
 }
 
 fn bytes_in(dir: &Path) -> u64 {
-    let Ok(entries) = fs::read_dir(dir) else { return 0 };
-    entries.filter_map(|e| e.ok()?.metadata().ok()).map(|m| m.len()).sum()
+    let Ok(entries) = fs::read_dir(dir) else {
+        return 0;
+    };
+    entries
+        .filter_map(|e| e.ok()?.metadata().ok())
+        .map(|m| m.len())
+        .sum()
 }
 
 /// The downloaded file, once more compared with the index: nothing that is not what the signed
@@ -264,7 +315,10 @@ mod tests {
     fn kernel_dependencies_are_found() {
         let text = "linux-image-virtual\n  Depends: linux-image-6.8.0-1-generic\n  \
                     Depends: linux-modules-6.8.0-1-generic\n  Depends: wireless-regdb\n";
-        let names = ["linux-image-6.8.0-1-generic", "linux-modules-6.8.0-1-generic"];
+        let names = [
+            "linux-image-6.8.0-1-generic",
+            "linux-modules-6.8.0-1-generic",
+        ];
         assert_eq!(kernel_dependencies(text), names);
     }
 }

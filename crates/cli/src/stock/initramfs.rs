@@ -38,9 +38,19 @@ pub fn write(root: &Path, out: &Path) -> Result<()> {
     };
     let file = fs::File::create(out).context("cannot make the initrd")?;
     let mut cpio = CpioWriter::new(BufWriter::new(file));
-    for dir in
-        ["bin", "dev", "etc", "lib", "lib/modules", "proc", "root", "sys", "tmp", "var", "run"]
-    {
+    for dir in [
+        "bin",
+        "dev",
+        "etc",
+        "lib",
+        "lib/modules",
+        "proc",
+        "root",
+        "sys",
+        "tmp",
+        "var",
+        "run",
+    ] {
         cpio.dir(dir)?;
     }
     // The kernel opens these before init can mount anything.
@@ -69,8 +79,10 @@ pub fn write(root: &Path, out: &Path) -> Result<()> {
 /// `lib/modules/VERSION` of the unpacked kernel package.
 fn module_tree(root: &Path) -> Option<PathBuf> {
     ["lib/modules", "usr/lib/modules"].iter().find_map(|p| {
-        let mut trees: Vec<PathBuf> =
-            fs::read_dir(root.join(p)).ok()?.filter_map(|e| e.ok().map(|e| e.path())).collect();
+        let mut trees: Vec<PathBuf> = fs::read_dir(root.join(p))
+            .ok()?
+            .filter_map(|e| e.ok().map(|e| e.path()))
+            .collect();
         trees.sort();
         trees.pop()
     })

@@ -65,7 +65,9 @@ fn add(
     if depth > MAX_DEPTH || out.iter().any(|m| m.name == name) {
         return Ok(());
     }
-    let Some(path) = files.get(&name) else { return Ok(()) };
+    let Some(path) = files.get(&name) else {
+        return Ok(());
+    };
     let bytes = read(path)?;
     for dependency in dependencies(&bytes) {
         add(&dependency, files, out, depth + 1)?;
@@ -77,7 +79,9 @@ fn add(
 /// The words after `depends=` in the `.modinfo` strings.
 fn dependencies(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
-    let Some(at) = module.windows(KEY.len()).position(|w| w == KEY) else { return Vec::new() };
+    let Some(at) = module.windows(KEY.len()).position(|w| w == KEY) else {
+        return Vec::new();
+    };
     let list = module.get(at + KEY.len()..).unwrap_or_default();
     let list = list.split(|b| *b == 0).next().unwrap_or_default();
     String::from_utf8_lossy(list)
@@ -118,7 +122,10 @@ mod tests {
         let sub = dir.join("kernel/drivers");
         fs::create_dir_all(&sub).unwrap();
         for (file, info) in [
-            ("virtio-net.ko", "\0depends=failover,virtio\0name=virtio_net\0"),
+            (
+                "virtio-net.ko",
+                "\0depends=failover,virtio\0name=virtio_net\0",
+            ),
             ("failover.ko", "\0depends=\0"),
             ("virtio.ko", "\0depends=virtio-net\0"), // a cycle must not hang
             ("other.ko", "\0depends=\0"),
@@ -136,7 +143,10 @@ mod tests {
 
     #[test]
     fn names_have_underscores() {
-        assert_eq!(module_name("virtio-rng.ko.xz").as_deref(), Some("virtio_rng"));
+        assert_eq!(
+            module_name("virtio-rng.ko.xz").as_deref(),
+            Some("virtio_rng")
+        );
         assert_eq!(module_name("modules.order"), None);
     }
 }

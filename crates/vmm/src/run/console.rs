@@ -192,9 +192,7 @@ impl Console {
                 return;
             }
             let s = lock(&self.0.state);
-            let full = |s: &mut State| {
-                s.output.len() >= OUTPUT_BYTES && !s.released && !s.closed
-            };
+            let full = |s: &mut State| s.output.len() >= OUTPUT_BYTES && !s.released && !s.closed;
             let s = self.0.output_changed.wait_while(s, full);
             let s = s.unwrap_or_else(PoisonError::into_inner);
             if s.released || s.closed {
@@ -255,7 +253,11 @@ impl Console {
                     }
                     (s.ticks, s.port_open, s.paused)
                 };
-                let taken = if paused { 0 } else { self.deliver(rest, to_port) };
+                let taken = if paused {
+                    0
+                } else {
+                    self.deliver(rest, to_port)
+                };
                 rest = rest.get(taken..).unwrap_or_default();
                 if taken == 0 {
                     let s = lock(&self.0.state);

@@ -45,7 +45,9 @@ impl PanicLine {
         let stamped = text.starts_with('[');
         let said = match text.strip_prefix('[').and_then(|t| t.split_once("] ")) {
             Some((stamp, said))
-                if stamp.chars().all(|c| c.is_ascii_digit() || " .CT".contains(c)) =>
+                if stamp
+                    .chars()
+                    .all(|c| c.is_ascii_digit() || " .CT".contains(c)) =>
             {
                 said
             }
@@ -77,13 +79,19 @@ mod tests {
             p.feed(b"ic - not syncing: VFS: Unable to mount root fs\r\n[    0.93] CPU: 0\r\n"),
             Some(Some(line.into()))
         );
-        assert_eq!(p.feed(b"[ 1.0] ---[ end Kernel panic - not syncing: VFS ]---\r\n"), None);
+        assert_eq!(
+            p.feed(b"[ 1.0] ---[ end Kernel panic - not syncing: VFS ]---\r\n"),
+            None
+        );
     }
 
     #[test]
     fn quotation_before_a_prompt_does_not_count() {
         let mut p = PanicLine::default();
-        assert!(p.feed(b"Kernel panic - not syncing: old\n").is_some_and(|f| f.is_some()));
+        assert!(
+            p.feed(b"Kernel panic - not syncing: old\n")
+                .is_some_and(|f| f.is_some())
+        );
         assert_eq!(p.feed(b"root@x:~# "), Some(None));
         assert_eq!(p.feed(b"grep 'Kernel panic - not syncing' log\n"), None);
     }

@@ -30,7 +30,11 @@ fn gone() -> EngineError {
 impl Vcpus {
     /// Starts the threads; all vCPUs stand still.
     pub fn spawn(vm: &Arc<dyn Vm>, count: u32, events: &Sender<Event>) -> anyhow::Result<Vcpus> {
-        let mut all = Vcpus { orders: Vec::new(), controls: Vec::new(), running: Vec::new() };
+        let mut all = Vcpus {
+            orders: Vec::new(),
+            controls: Vec::new(),
+            running: Vec::new(),
+        };
         for index in 0..count {
             let vcpu = vm.take_vcpu(index)?;
             let (orders, inbox) = channel();
@@ -87,7 +91,9 @@ impl Vcpus {
     pub fn set_state(&self, index: u32, state: Box<CpuState>) -> Result<(), EngineError> {
         let (answer, from) = channel();
         let order = self.orders.get(index as usize).ok_or_else(gone)?;
-        order.send(Order::SetState(state, answer)).map_err(|_| gone())?;
+        order
+            .send(Order::SetState(state, answer))
+            .map_err(|_| gone())?;
         from.recv().map_err(|_| gone())?
     }
 }
