@@ -177,3 +177,6 @@ pub fn mmio_write(vm: &VmShared, index: u32, offset: u64, data: &[u8]) {
     }
     deliver::apply(vm, index, effect, false);
 }
+
+#[cfg(test)]
+mod tests;
