@@ -343,7 +343,10 @@ impl Vm for SoftVm {
         crate::apic::deliver_msi(&self.shared, addr, data);
     }
     fn set_pic_intr(&self, level: bool) {
-        self.shared.pic_intr.store(level, Ordering::SeqCst);
+        let was = self.shared.pic_intr.swap(level, Ordering::SeqCst);
+        if level && !was {
+            crate::apic::lint0_edge(&self.shared);
+        }
         if level && let Some(v) = self.shared.vcpus.first() {
             v.raise(event::INTERRUPT);
         }

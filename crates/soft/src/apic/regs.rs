@@ -627,6 +627,10 @@ impl Regs {
         self.icr = u64::from(r[reg::ICR_HIGH]) << 32 | u64::from(r[reg::ICR_LOW] & !(1 << 12));
         self.lvt
             .copy_from_slice(&r[reg::LVT_TIMER..=reg::LVT_ERROR]);
+        for lvt in &mut self.lvt {
+            // Vector, delivery mode, polarity, trigger, mask, timer mode.
+            *lvt &= 0x7_a7ff;
+        }
         self.initial_count = r[reg::INITIAL_COUNT];
         self.divide = r[reg::DIVIDE] & 0xb;
         self.tsc_deadline = if self.deadline_mode() {

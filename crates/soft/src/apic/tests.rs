@@ -341,6 +341,20 @@ fn lint0_lets_the_pic_through_when_it_is_a_virtual_wire() {
 }
 
 #[test]
+fn lint0_as_an_ordinary_input_turns_edges_into_messages() {
+    let b = Bench::new(1);
+    lint0_edge(&b.vm);
+    assert_eq!((b.events(0), b.ack(0)), (0, None), "masked");
+    b.write(0, reg::LVT_LINT0, 0x31);
+    lint0_edge(&b.vm);
+    assert_eq!(b.ack(0), Some(0x31));
+    b.events(0);
+    b.write(0, reg::LVT_LINT0, 0x400);
+    lint0_edge(&b.vm);
+    assert_eq!(b.events(0), event::NMI);
+}
+
+#[test]
 fn one_shot_timer_counts_down_and_fires_once() {
     let b = Bench::new(1);
     b.write(0, reg::DIVIDE, 0b0011); // 16
