@@ -10,6 +10,13 @@
 
 use std::sync::Arc;
 
+pub mod conformance;
+#[cfg(target_os = "linux")]
+pub mod kvm;
+#[cfg(target_os = "linux")]
+pub mod probe;
+pub mod saved;
+
 pub use pyrite_x86 as x86;
 use pyrite_x86::CpuState;
 pub use pyrite_x86::cpuid::{CpuidEntry, CpuidTable};
@@ -108,6 +115,9 @@ pub trait Vm: Send + Sync {
     /// Guest memory's page flags changed (dirty logging began or was taken): drop cached write
     /// permission in all vCPUs before returning. Only while all vCPUs are stopped.
     fn drop_write_permission(&self);
+    /// Brings pages that vCPUs wrote into `GuestMemory`'s dirty log, for engines whose log lives
+    /// elsewhere. Call before `GuestMemory::take_dirty_log`, while all vCPUs are stopped.
+    fn sync_dirty_log(&self) {}
     /// What a person may see.
     fn inspect(&self) -> pyrite_state::Inspect;
 }

@@ -231,7 +231,7 @@ impl SoftVcpu {
 
     /// Host address of `len` bytes at `lin` from the soft TLB alone.
     #[inline]
-    fn hit(&self, lin: u64, len: usize, view: View, write: bool) -> Option<*mut u8> {
+    pub(crate) fn hit(&self, lin: u64, len: usize, view: View, write: bool) -> Option<*mut u8> {
         let t = &self.frame.tlb[view as usize];
         let n = slot(lin);
         let tag = if write { t.write[n] } else { t.read[n] };
@@ -344,14 +344,20 @@ impl SoftVcpu {
     /// translated, all vCPUs drop those translations before any of them runs on.
     fn store_to_code_page(&mut self, ram_offset: u64, len: usize, store: impl FnOnce()) {
         let vm = std::sync::Arc::clone(&self.vm);
-        if !crate::xlate::covers(&vm, ram_offset, len) {
-            store();
+        if crate::xlate::covers(&vm, ram_offset, len) {
+            vm.exclusive(self.index, || {
+                store();
+                crate::xlate::drop_page(&vm, ram_offset);
+            });
             return;
         }
-        vm.exclusive(self.index, || {
-            store();
-            crate::xlate::drop_page(&vm, ram_offset);
-        });
+        store();
+        // A translator marks first and reads second; we store first and look second. If it read
+        // the old bytes, its mark is visible here.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if crate::xlate::covers(&vm, ram_offset, len) {
+            vm.exclusive(self.index, || crate::xlate::drop_page(&vm, ram_offset));
+        }
     }
 
     /// Host address for a read-modify-write of `len` bytes, checked as a write.

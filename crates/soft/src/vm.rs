@@ -41,6 +41,8 @@ pub struct SoftOptions {
     pub link: bool,
     /// Most guest instructions of a block.
     pub block_insns_max: usize,
+    /// Keep even flags exact that no later instruction reads, at every memory access.
+    pub precise_flags: bool,
     /// Size of the code cache per vCPU, in bytes.
     pub code_cache_bytes: usize,
 }
@@ -51,6 +53,7 @@ impl Default for SoftOptions {
             translate: true,
             link: true,
             block_insns_max: 64,
+            precise_flags: false,
             code_cache_bytes: 16 << 20,
         }
     }
@@ -136,8 +139,12 @@ pub struct VmShared {
     pub pic_intr: AtomicBool,
     /// Held by the vCPU that made the others stand still.
     pub exclusive: Mutex<()>,
+    /// The vCPU that is exclusive now, plus 1; 0 = none.
+    pub exclusive_owner: AtomicU32,
     /// Counts exclusive sections, for statistics.
     pub exclusive_count: AtomicU64,
+    /// What has been translated.
+    pub code_map: crate::xlate::CodeMap,
 }
 
 impl VmShared {
@@ -169,6 +176,7 @@ impl VmShared {
             .get(0x8000_0008, 0)
             .map_or(40, |e| (e.eax & 0xff) as u8)
             .clamp(36, 52);
+        let code_map = crate::xlate::CodeMap::new(&config.memory);
         let shared = Arc::new(VmShared {
             memory: config.memory,
             io: config.io,
@@ -181,7 +189,9 @@ impl VmShared {
             vcpus,
             pic_intr: AtomicBool::new(false),
             exclusive: Mutex::new(()),
+            exclusive_owner: AtomicU32::new(0),
             exclusive_count: AtomicU64::new(0),
+            code_map,
         });
         shared
             .memory
@@ -194,7 +204,7 @@ impl VmShared {
     /// The calling vCPU must have `in_guest` set; it is cleared while waiting for the gate, so two
     /// vCPUs that ask at once take turns.
     pub fn exclusive<R>(&self, me: u32, f: impl FnOnce() -> R) -> R {
-        if self.vcpus.len() == 1 {
+        if self.vcpus.len() == 1 || self.exclusive_owner.load(Ordering::SeqCst) == me + 1 {
             return f();
         }
         let mine = &self.vcpus[me as usize];
@@ -218,7 +228,9 @@ impl VmShared {
                 }
             }
         }
+        self.exclusive_owner.store(me + 1, Ordering::SeqCst);
         let r = f();
+        self.exclusive_owner.store(0, Ordering::SeqCst);
         for v in &self.vcpus {
             v.events.fetch_and(!event::EXCLUSIVE, Ordering::SeqCst);
         }

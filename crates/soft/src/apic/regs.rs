@@ -596,7 +596,8 @@ impl Regs {
         r[reg::DIVIDE] = self.divide;
         s.tsc_deadline = self.tsc_deadline;
         if self.count.running() && !self.deadline_mode() {
-            r[reg::CURRENT_COUNT] = self.current_count(now_ns);
+            // 0 would say that it has fired, see `restore`.
+            r[reg::CURRENT_COUNT] = self.current_count(now_ns).max(1);
             s.timer_start_ns = self.count.started_ns().max(1);
         }
         s
@@ -639,7 +640,9 @@ impl Regs {
             0
         };
         self.extint = false;
-        if s.timer_start_ns != 0 && !self.deadline_mode() {
+        // A one-shot count that has come to 0 has also fired.
+        let counting = self.periodic() || r[reg::CURRENT_COUNT] != 0;
+        if s.timer_start_ns != 0 && counting && !self.deadline_mode() {
             self.count.start(s.timer_start_ns, self.initial_count);
         } else {
             self.count.stop();

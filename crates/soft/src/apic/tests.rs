@@ -495,6 +495,25 @@ fn a_saved_apic_continues_where_it_was() {
 }
 
 #[test]
+fn an_expiry_that_nobody_served_yet_survives_a_save() {
+    let b = Bench::new(1);
+    b.write(0, reg::DIVIDE, 0b1011);
+    b.write(0, reg::LVT_TIMER, 0x41);
+    b.write(0, reg::INITIAL_COUNT, 1000);
+    b.now.fetch_add(5000, Ordering::SeqCst);
+    let mut s = b.apic(0).save();
+    b.apic(0).restore(&s, 0xfee0_0900);
+    b.step(0);
+    assert_eq!(b.ack(0), Some(0x41));
+    // KVM says by a current count of 0 that its one-shot timer has fired.
+    b.write(0, reg::EOI, 0);
+    s.regs[reg::CURRENT_COUNT] = 0;
+    b.apic(0).restore(&s, 0xfee0_0900);
+    b.step(0);
+    assert_eq!(b.ack(0), None);
+}
+
+#[test]
 fn a_hostile_saved_state_is_tamed() {
     let b = Bench::new(2);
     let s = ApicState {
