@@ -260,6 +260,10 @@ fn write_efer(v: &mut SoftVcpu, value: u64) -> Result<(), Exception> {
     if feature(v, 0x8000_0001, Reg::Edx, 29) {
         mask |= efer::LME | efer::SCE;
     }
+    if feature(v, 0x8000_0021, Reg::Eax, 8) {
+        // Plain storage: there is no prediction to restrict.
+        mask |= efer::AUTOIBRS;
+    }
     let c = &v.frame.cpu;
     let old = c.efer;
     // LMA is the processor's; writes to it are ignored.
