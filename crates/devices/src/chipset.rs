@@ -13,7 +13,9 @@ use pyrite_vdev::{
 
 use crate::acpi_pm::{self, AcpiPm};
 use crate::debug_ports::{DEBUG_EXIT, DEBUGCON, DebugPorts, POST};
+use crate::fw_cfg::{self, FwCfg};
 use crate::hpet::{Hpet, HpetLines};
+use crate::i8042::{self, I8042};
 use crate::irq::{InterruptRouter, IoApic, IoApicDevice, Pic, PicDevice, SharedLines};
 use crate::pci_host::{self, ConfigPorts, Ecam, IoWindow, MemoryWindow, PciHost, PciHostUnit};
 use crate::pit::Pit;
@@ -74,6 +76,10 @@ pub struct Chipset {
     pub pit: Arc<Mutex<Pit>>,
     /// High precision timers.
     pub hpet: Arc<Mutex<Hpet>>,
+    /// Keyboard and mouse.
+    pub i8042: Arc<Mutex<I8042>>,
+    /// Files for firmware.
+    pub fw_cfg: Arc<Mutex<FwCfg>>,
     /// COM1 and COM2.
     pub uarts: [Arc<Mutex<Uart>>; 2],
     /// Every unit, in the order of restore. The clock must be set before units are restored, and
@@ -196,6 +202,16 @@ impl Chipset {
         io.insert(PORT92.into(), 1, "port92", reset.clone())?;
         units.push(reset);
 
+        let keyboard = I8042::new(line(1), line(12), Arc::clone(&config.events));
+        let i8042 = Arc::new(Mutex::new(keyboard));
+        io.insert(i8042::DATA.into(), 1, "i8042-data", i8042.clone())?;
+        io.insert(i8042::COMMAND.into(), 1, "i8042-command", i8042.clone())?;
+        units.push(i8042.clone());
+        let fw_cfg = Arc::new(Mutex::new(FwCfg::new(Arc::clone(&config.memory))));
+        io.insert(fw_cfg::SELECTOR.into(), 2, "fw-cfg", fw_cfg.clone())?;
+        io.insert(fw_cfg::DMA.into(), 8, "fw-cfg-dma", fw_cfg.clone())?;
+        units.push(fw_cfg.clone());
+
         let pci = PciHost::new(Arc::clone(&shared_lines), config.doorbells);
         register_pci(&pci, &mmio, &io)?;
         units.push(Arc::new(Mutex::new(PciHostUnit::new(Arc::clone(&pci)))));
@@ -211,6 +227,8 @@ impl Chipset {
             rtc,
             pit,
             hpet,
+            i8042,
+            fw_cfg,
             uarts,
             units,
         })

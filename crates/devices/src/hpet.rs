@@ -22,6 +22,9 @@ const VERSION: u16 = 1;
 const TIMERS: usize = 3;
 /// Length of a counter tick.
 const TICK_NS: u64 = 10;
+/// LIMIT: a periodic comparator fires at most every 20 µs; shorter periods are merged, so that a
+/// guest cannot keep the timer thread busy for ever.
+const MIN_PERIOD_TICKS: u64 = 2_000;
 /// GSIs that a comparator can be routed to: 20-23.
 const ROUTES: u32 = 0x00f0_0000;
 const FIRST_ROUTE: u32 = 20;
@@ -106,7 +109,12 @@ impl Comparator {
         };
         let period = self.period & mask;
         self.due = if self.is_periodic() && period != 0 {
-            let steps = counter.saturating_sub(due) / period + 1;
+            let merged = if period < MIN_PERIOD_TICKS {
+                MIN_PERIOD_TICKS
+            } else {
+                0
+            };
+            let steps = (counter.saturating_sub(due).saturating_add(merged)) / period + 1;
             let next = due.saturating_add(steps.saturating_mul(period));
             self.value = next & mask;
             Some(next)

@@ -19,10 +19,14 @@ macro_rules! passive {
 pub mod acpi_pm;
 pub mod chipset;
 pub mod debug_ports;
+pub mod fw_cfg;
 pub mod hpet;
+pub mod i8042;
 pub mod irq;
 pub mod pci_host;
 pub mod pit;
 pub mod reset_ports;
 pub mod rtc;
+#[cfg(test)]
+mod tests;
 pub mod uart;

@@ -20,6 +20,10 @@ const VERSION: u16 = 1;
 /// Input clock.
 const HZ: u128 = 1_193_182;
 
+/// LIMIT: counter 0 interrupts at most every 20 µs; shorter periods are merged, so that a guest
+/// cannot keep the timer thread busy for ever.
+const MIN_PERIOD_NS: u64 = 20_000;
+
 fn ticks(ns: u64) -> u64 {
     (u128::from(ns) * HZ / 1_000_000_000) as u64
 }
@@ -394,7 +398,9 @@ impl TimedDevice for Pit {
         if self.regs.deadline_ns.is_none_or(|d| d > now_ns) {
             return;
         }
-        self.schedule(now_ns);
+        let c = &self.regs.counters[0];
+        let merge = c.is_periodic() && ns(u64::from(c.initial)) < MIN_PERIOD_NS;
+        self.schedule(now_ns.saturating_add(if merge { MIN_PERIOD_NS } else { 0 }));
         if !self.legacy_replaced.load(Ordering::Relaxed) {
             self.line.pulse();
         }

@@ -477,6 +477,8 @@ impl SoftVcpu {
         self.stats.mmio_writes += 1;
         if self.is_apic_page(gpa & !(PAGE_SIZE - 1)) {
             crate::apic::mmio_write(&self.vm, self.index, gpa & 0xfff, data);
+            // What was masked may be deliverable now.
+            self.irq_waiting = true;
         } else {
             for part in data.chunks(8).enumerate() {
                 self.vm

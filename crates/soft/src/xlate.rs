@@ -238,7 +238,7 @@ thread_local! {
 
 /// Signal handlers for the calling thread.
 pub fn prepare_thread() {
-    crate::signals::prepare_thread();
+    crate::signals::install_signal_handlers();
     crate::signals::set_translator_hook(on_signal);
 }
 

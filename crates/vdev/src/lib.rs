@@ -13,6 +13,7 @@
 
 pub mod bus;
 pub mod clock;
+pub mod conformance;
 pub mod irq;
 pub mod lifecycle;
 pub mod machine;

@@ -48,6 +48,7 @@ struct Shared {
     /// Pages that the driver says are in it.
     actual_pages: AtomicU32,
     reclaimed_bytes: AtomicU64,
+    // LOCK ORDER: this < queue. Also serialises takers of the statistics queue.
     stats: Mutex<Vec<(u16, u64)>>,
 }
 
@@ -126,19 +127,19 @@ impl Shared {
 
     /// The driver leaves one buffer of statistics; it goes back when new ones are wanted.
     fn read_stats(&self, link: &DriverLink) {
+        let mut kept = lock(&self.stats);
         let Some(chain) = link.pop(STATS) else { return };
         let mut bytes = [0; MAX_STATS * STAT_BYTES];
         let n = chain.read_at(link.memory(), 0, &mut bytes);
         link.unpop(STATS, vec![chain]);
         // Nothing more is expected, but an armed queue is what the next refill needs.
         link.arm(STATS);
-        let stats = bytes[..n]
+        *kept = bytes[..n]
             .as_chunks::<STAT_BYTES>()
             .0
             .iter()
             .map(|[t0, t1, v @ ..]| (u16::from_le_bytes([*t0, *t1]), u64::from_le_bytes(*v)))
             .collect();
-        *lock(&self.stats) = stats;
     }
 }
 
@@ -182,6 +183,7 @@ impl BalloonControl {
         if !link.has(VIRTIO_BALLOON_F_STATS_VQ) {
             return false;
         }
+        let _kept = lock(&self.shared.stats);
         let Some(chain) = link.pop(STATS) else {
             return false;
         };

@@ -17,6 +17,18 @@
 //! );
 //! ```
 //!
+//! | device | made by | host's control |
+//! |---|---|---|
+//! | [`Blk`] | `Blk::new(Arc<dyn BlockBackend>, BlkConfig)` | |
+//! | [`Net`] | `Net::new(Arc<dyn NetBackend>, NetConfig)` | [`Net::control`] |
+//! | [`Console`] | `Console::new(Vec<PortConfig>)` | [`PortSink`], given to each back end |
+//! | [`Rng`] | `Rng::new()?` | |
+//! | [`Balloon`] | `Balloon::new()?` | [`Balloon::control`] |
+//! | [`Vsock`] | `Vsock::new(VsockConfig)?` | Unix sockets |
+//!
+//! Take a control handle before the device is boxed. Unit names end in a number of their kind, as
+//! in `virtio-blk0`; the saved section is of kind `virtio-pci` for all of them.
+//!
 //! Nothing happens before `Lifecycle::start`. Devices keep no reference to the function, so
 //! dropping it ends their threads.
 //!

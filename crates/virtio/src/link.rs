@@ -139,11 +139,13 @@ impl DriverLink {
 
     /// Forgets every queue. Chains in flight come to nothing.
     pub(crate) fn reset(&self) {
-        self.set_status(0);
-        self.set_features(0);
+        // The status last: an error is noted under its queue's lock, so none of the old life can
+        // come after this.
         for q in &self.queues {
             lock(q).reset();
         }
+        self.set_features(0);
+        self.set_status(0);
     }
 
     /// The device cannot go on until the driver resets it. virtio 1.3 §2.1.2.
@@ -185,7 +187,7 @@ impl DriverLink {
         match act(&mut q, memory) {
             Ok(v) => v,
             Err(e) => {
-                drop(q);
+                // Still locked, see `reset`.
                 self.fail(&format_args!("queue {index}: {e}"));
                 T::default()
             }

@@ -72,7 +72,7 @@ impl VirtioDevice for Rng {
                 // Never hand out zeroes as entropy: leave the request where it is.
                 tracing::error!("host entropy source failed: {e}");
                 link.unpop(queue, vec![chain]);
-                return;
+                break;
             }
             let written = chain.write_at(link.memory(), 0, &buffer);
             self.bytes += written as u64;

@@ -1,6 +1,7 @@
 //! Two 8259A interrupt controllers in cascade, with the edge/level control registers of the PIIX.
 //! Intel 8259A data sheet (order number 231468); ELCR: Intel 82371AB data sheet §4.2.1.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use minicbor::{Decode, Encode};
@@ -253,12 +254,13 @@ impl Registers {
         self.master.request(true).is_some()
     }
 
-    fn ack(&mut self) -> Option<u8> {
+    /// INTA. `intr_seen`: the processor was told that INTR is high and not yet otherwise.
+    fn ack(&mut self, intr_seen: bool) -> Option<u8> {
         self.settle();
         let Some(n) = self.master.request(true) else {
             // The request went away after the processor saw INTR: the master answers with its
             // lowest input, without setting ISR ("default IR7").
-            return self.intr.then_some(self.master.vector_base | 7);
+            return intr_seen.then_some(self.master.vector_base | 7);
         };
         self.master.begin_service(n);
         if n != CASCADE {
@@ -318,14 +320,18 @@ impl Registers {
 pub struct Pic {
     // LOCK ORDER: leaf. Never held while the sink is called.
     registers: Mutex<Registers>,
+    /// The level that the sink was last told. Changes only with `registers` locked.
+    told: AtomicBool,
     sink: Arc<dyn IntrSink>,
 }
 
 impl Pic {
     /// A PIC whose INTR output goes to `sink`.
     pub fn new(sink: Arc<dyn IntrSink>) -> Arc<Pic> {
+        let registers = Mutex::new(Registers::power_on());
         Arc::new(Pic {
-            registers: Mutex::new(Registers::power_on()),
+            registers,
+            told: AtomicBool::new(false),
             sink,
         })
     }
@@ -341,7 +347,7 @@ impl Pic {
 
     /// Interrupt acknowledge cycle: the vector, `None` if INTR is not asserted.
     pub fn ack(&self) -> Option<u8> {
-        self.change(Registers::ack)
+        self.change(|r| r.ack(self.told.load(Ordering::Relaxed)))
     }
 
     /// Changes registers and then states INTR if it changed.
@@ -359,7 +365,9 @@ impl Pic {
         };
         while changed {
             self.sink.set_intr(level);
-            let now = lock(&self.registers).intr;
+            let r = lock(&self.registers);
+            self.told.store(level, Ordering::Relaxed);
+            let now = r.intr;
             changed = now != level;
             level = now;
         }
@@ -409,7 +417,11 @@ impl Lifecycle for PicDevice {
     }
     fn save(&mut self) -> Result<Section, StateError> {
         let PicDevice { pic } = self;
-        let Pic { registers, sink: _ } = &**pic;
+        let Pic {
+            registers,
+            told: _,
+            sink: _,
+        } = &**pic;
         Ok(Section::new("pic", KIND, VERSION, &*lock(registers)))
     }
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {

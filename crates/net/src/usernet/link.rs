@@ -1,7 +1,7 @@
 //! The guest's side of the cable: who is there, and frames to it.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -176,14 +176,6 @@ impl Link {
                 c.ipv6 && (a == c.router_v6 || a == c.dns_v6 || a == c.router_link_local())
             }
         }
-    }
-
-    /// The most recently seen global or site-local IPv6 address of the guest.
-    pub(super) fn guest_v6(&self) -> Option<Ipv6Addr> {
-        self.neighbors.iter().find_map(|(ip, _)| match ip {
-            IpAddr::V6(a) if self.config.on_link_v6(*a) => Some(*a),
-            _ => None,
-        })
     }
 
     /// Where `ip` is, asking the link if it is not known.

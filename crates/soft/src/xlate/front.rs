@@ -397,6 +397,8 @@ impl<'a> Front<'a> {
         match i.memory_segment() {
             Register::FS => self.code64 || self.key.mode & mode::FS_FLAT != 0,
             Register::GS => self.code64 || self.key.mode & mode::GS_FLAT != 0,
+            // Not writable outside 64-bit mode; rare enough for the interpreter.
+            Register::CS => self.code64,
             _ => true,
         }
     }

@@ -585,11 +585,11 @@ impl Conn {
             }
             State::Open => {}
         }
-        if self.to_host().is_err() {
+        if self.drain_to_host().is_err() {
             self.abort(ctx);
             return Outcome::Remove;
         }
-        let again = match self.to_guest(ctx) {
+        let again = match self.feed_guest(ctx) {
             Ok(again) => again,
             Err(_) => {
                 self.abort(ctx);
@@ -657,7 +657,7 @@ impl Conn {
     }
 
     /// Guest to host.
-    fn to_host(&mut self) -> std::io::Result<()> {
+    fn drain_to_host(&mut self) -> std::io::Result<()> {
         let Some(socket) = &mut self.socket else {
             return Ok(());
         };
@@ -679,7 +679,7 @@ impl Conn {
 
     /// Host to guest: fills the ring and sends what window and card take. True if there is more
     /// to do at once.
-    fn to_guest(&mut self, ctx: &mut Ctx<'_>) -> std::io::Result<bool> {
+    fn feed_guest(&mut self, ctx: &mut Ctx<'_>) -> std::io::Result<bool> {
         let mut moved = 0;
         loop {
             let got = self.read_host(ctx)?;

@@ -184,6 +184,14 @@ impl Guest {
         guest
     }
 
+    /// Plugs the cable into a new network, as after a restore.
+    pub(super) fn replace_network(&mut self, config: UsernetConfig) {
+        let net = Arc::new(Usernet::new(config).unwrap());
+        net.attach(self.card.clone());
+        self.port.net = net.clone();
+        self.net = net;
+    }
+
     fn now(&self) -> SmolInstant {
         SmolInstant::from_micros(self.began.elapsed().as_micros() as i64)
     }

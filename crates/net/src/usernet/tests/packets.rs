@@ -1,17 +1,19 @@
 //! Everything that is not a stream, and hostile input.
 
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use smoltcp::iface::SocketHandle;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::{dhcpv4, dns, icmp, udp};
 use smoltcp::wire::{
-    DnsQueryType, EthernetAddress, EthernetFrame, EthernetProtocol, Icmpv4Packet, Icmpv4Repr,
-    IpAddress, IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
+    DnsQueryType, EthernetAddress, EthernetFrame, EthernetProtocol, Icmpv4DstUnreachable,
+    Icmpv4Message, Icmpv4Packet, Icmpv4Repr, Icmpv6Packet, Icmpv6Repr, IpAddress, IpProtocol,
+    Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr, NdiscRepr, TcpControl, TcpPacket, TcpRepr,
+    TcpSeqNumber, UdpPacket, UdpRepr,
 };
 
 use super::guest::{GUEST_MAC, Guest, PATIENCE, open_config};
-use crate::usernet::{UsernetConfig, fuzz_one};
+use crate::usernet::{Usernet, UsernetConfig, UsernetError, fuzz_one};
 
 const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
@@ -373,6 +375,134 @@ fn udp_flows_are_limited() {
 }
 
 #[test]
+fn router_solicitation_is_answered_with_prefix_and_dns() {
+    let guest = Guest::bare(UsernetConfig::default());
+    let src = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x5054, 0xff, 0xfe12, 0x3456);
+    let dst = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 2);
+    let ask = Icmpv6Repr::Ndisc(NdiscRepr::RouterSolicit { lladdr: None });
+    let ip = Ipv6Repr {
+        src_addr: src,
+        dst_addr: dst,
+        next_header: IpProtocol::Icmpv6,
+        payload_len: ask.buffer_len(),
+        hop_limit: 255,
+    };
+    let mut out = vec![0; 54 + ask.buffer_len()];
+    let mut frame = EthernetFrame::new_unchecked(&mut out[..]);
+    frame.set_src_addr(EthernetAddress(GUEST_MAC));
+    frame.set_dst_addr(EthernetAddress([0x33, 0x33, 0, 0, 0, 2]));
+    frame.set_ethertype(EthernetProtocol::Ipv6);
+    let mut packet = Ipv6Packet::new_unchecked(frame.payload_mut());
+    ip.emit(&mut packet);
+    let caps = ChecksumCapabilities::default();
+    ask.emit(
+        &src,
+        &dst,
+        &mut Icmpv6Packet::new_unchecked(packet.payload_mut()),
+        &caps,
+    );
+    guest.send_raw(&out);
+    guest.card.wait(PATIENCE);
+    let reply = guest.card.take().unwrap();
+    let frame = EthernetFrame::new_checked(&reply[..]).unwrap();
+    let packet = Ipv6Packet::new_checked(frame.payload()).unwrap();
+    let ip = Ipv6Repr::parse(&packet).unwrap();
+    assert_eq!((ip.next_header, ip.hop_limit), (IpProtocol::Icmpv6, 255));
+    let config = UsernetConfig::default();
+    assert!(packet.payload().ends_with(&config.dns_v6.octets()));
+    let icmp = Icmpv6Packet::new_checked(packet.payload()).unwrap();
+    let parsed = Icmpv6Repr::parse(&ip.src_addr, &ip.dst_addr, &icmp, &caps).unwrap();
+    let Icmpv6Repr::Ndisc(NdiscRepr::RouterAdvert {
+        mtu,
+        prefix_info,
+        lladdr,
+        ..
+    }) = parsed
+    else {
+        panic!("{parsed:?}");
+    };
+    assert_eq!(mtu, Some(1500));
+    assert_eq!(prefix_info.unwrap().prefix, config.network_v6);
+    assert_eq!(lladdr.unwrap().as_bytes(), config.router_mac);
+}
+
+#[test]
+fn echo_that_the_policy_denies_is_unreachable() {
+    let guest = Guest::new(UsernetConfig {
+        restrict: true,
+        ..UsernetConfig::default()
+    });
+    let caps = ChecksumCapabilities::default();
+    let ask = Icmpv4Repr::EchoRequest {
+        ident: 1,
+        seq_no: 2,
+        data: b"out there?",
+    };
+    let mut body = vec![0; ask.buffer_len()];
+    ask.emit(&mut Icmpv4Packet::new_unchecked(&mut body[..]), &caps);
+    let mut bytes = frame_v4(IpProtocol::Icmp, &body, None);
+    let mut packet = Ipv4Packet::new_unchecked(&mut bytes[14..]);
+    packet.set_dst_addr(Ipv4Addr::new(192, 0, 2, 99));
+    packet.fill_checksum();
+    guest.send_raw(&bytes);
+    guest.card.wait(PATIENCE);
+    let reply = guest.card.take().unwrap();
+    let packet = Ipv4Packet::new_checked(&reply[14..]).unwrap();
+    let icmp = Icmpv4Packet::new_checked(packet.payload()).unwrap();
+    assert!(icmp.verify_checksum());
+    assert_eq!(icmp.msg_type(), Icmpv4Message::DstUnreachable);
+    assert_eq!(
+        icmp.msg_code(),
+        u8::from(Icmpv4DstUnreachable::HostProhibited)
+    );
+    // RFC 792: the header and eight bytes of the packet that caused it.
+    let quoted = Ipv4Packet::new_unchecked(icmp.data());
+    assert_eq!(
+        (quoted.src_addr(), quoted.dst_addr()),
+        (GUEST, Ipv4Addr::new(192, 0, 2, 99))
+    );
+    assert_eq!(icmp.data()[20..], body[..8]);
+}
+
+#[test]
+fn settings_that_contradict_are_refused() {
+    let base = UsernetConfig::default;
+    for config in [
+        UsernetConfig {
+            dns_v4: ROUTER,
+            ..base()
+        },
+        UsernetConfig {
+            guest_v4: Ipv4Addr::new(10, 0, 3, 15),
+            ..base()
+        },
+        UsernetConfig {
+            prefix_v4: 31,
+            ..base()
+        },
+        UsernetConfig { mtu: 100, ..base() },
+        UsernetConfig {
+            network_v4: GUEST,
+            ..base()
+        },
+    ] {
+        assert!(matches!(Usernet::new(config), Err(UsernetError::Config(_))));
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let forward = format!("{}:80", taken.local_addr().unwrap().port())
+        .parse()
+        .unwrap();
+    let config = UsernetConfig {
+        forwards: vec![forward],
+        ..base()
+    };
+    assert!(matches!(
+        Usernet::new(config),
+        Err(UsernetError::Listen { .. })
+    ));
+}
+
+#[test]
 fn hostile_frames_do_no_harm() {
     // Valid frames of every protocol, cut and with bits flipped.
     let mut seeds = vec![
@@ -423,4 +553,94 @@ fn hostile_frames_do_no_harm() {
         }
         fuzz_one(&input);
     }
+}
+
+/// A TCP segment from the guest's port 7000.
+fn segment(repr: &TcpRepr<'_>) -> Vec<u8> {
+    let mut out = vec![0; repr.buffer_len()];
+    repr.emit(
+        &mut TcpPacket::new_unchecked(&mut out[..]),
+        &GUEST.into(),
+        &ROUTER.into(),
+        &ChecksumCapabilities::default(),
+    );
+    frame_v4(IpProtocol::Tcp, &out, None)
+}
+
+#[test]
+fn hostile_segments_of_live_connections_do_no_harm() {
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = server.local_addr().unwrap().port();
+    let mut guest = Guest::new(open_config());
+    let mut random = 0x0bad_cafe_dead_beef_u64;
+    let mut next = move |below: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % below
+    };
+    let mut ours = 0;
+    for round in 0..5000 {
+        // Mostly near what the other side expects, which it tells in every answer.
+        while let Some(frame) = guest.card.take() {
+            if let Some(ack) = acknowledged(&frame) {
+                ours = ack;
+            }
+        }
+        let control = match next(8) {
+            0 => TcpControl::Syn,
+            1 => TcpControl::Fin,
+            2 if next(16) == 0 => TcpControl::Rst,
+            _ => TcpControl::Psh,
+        };
+        let body = [7; 1400];
+        let near = next(6000) as i32 - 3000;
+        let ack = (next(10) != 0).then(|| TcpSeqNumber(next(u64::from(u32::MAX)) as u32 as i32));
+        let repr = TcpRepr {
+            src_port: 7000,
+            dst_port: port,
+            control,
+            seq_number: TcpSeqNumber(if next(3) == 0 {
+                ours
+            } else {
+                ours.wrapping_add(near)
+            }),
+            ack_number: if round % 50 == 0 { None } else { ack },
+            window_len: next(65_536) as u16,
+            window_scale: (next(2) == 0).then(|| next(15) as u8),
+            max_seg_size: (next(2) == 0).then(|| next(65_536) as u16),
+            sack_permitted: next(2) == 0,
+            sack_ranges: [None; 3],
+            timestamp: None,
+            payload: &body[..next(1400) as usize],
+        };
+        guest.send_raw(&segment(&repr));
+    }
+    guest.until("all taken", |g| {
+        let c = g.net.inspect().counters;
+        c.frames_from_guest + c.queue_drops >= 5000
+    });
+    assert!(guest.net.inspect().counters.tcp_out > 0);
+    // It still works.
+    let (target, thread) = fake_dns(1);
+    let handle = udp_socket(&mut guest, 5005);
+    let socket = guest.sockets.get_mut::<udp::Socket<'_>>(handle);
+    socket
+        .send_slice(&[0; 12], (ROUTER, target.port()))
+        .unwrap();
+    guest.until("answer", |g| {
+        g.sockets.get_mut::<udp::Socket<'_>>(handle).can_recv()
+    });
+    thread.join().unwrap();
+}
+
+/// The acknowledgement number of a TCP frame.
+fn acknowledged(frame: &[u8]) -> Option<i32> {
+    let frame = EthernetFrame::new_checked(frame).ok()?;
+    let packet = Ipv4Packet::new_checked(frame.payload()).ok()?;
+    if frame.ethertype() != EthernetProtocol::Ipv4 || packet.next_header() != IpProtocol::Tcp {
+        return None;
+    }
+    let tcp = TcpPacket::new_checked(packet.payload()).ok()?;
+    tcp.ack().then(|| tcp.ack_number().0)
 }

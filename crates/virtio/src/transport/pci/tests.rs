@@ -128,7 +128,7 @@ fn bad_ring_address_needs_reset() {
     b.write(8, &1_u32.to_le_bytes());
     b.write(12, &1_u32.to_le_bytes());
     b.set_status(11);
-    b.write(32, &(u64::MAX & !15).to_le_bytes());
+    b.write(32, &(!15_u64).to_le_bytes());
     b.write(28, &1_u16.to_le_bytes());
     assert_eq!(
         b.status() & VIRTIO_CONFIG_S_NEEDS_RESET,
