@@ -270,6 +270,7 @@ impl Vcpu for SoftVcpu {
     fn run(&mut self) -> StopReason {
         let vm = Arc::clone(&self.vm);
         xlate::prepare_thread();
+        apic::sleep_precisely();
         self.shared().enter_guest(&vm);
         // Guest time may have stood still since the last run.
         kvmclock::refresh(self);

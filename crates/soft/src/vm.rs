@@ -148,6 +148,57 @@ pub struct VmShared {
 }
 
 impl VmShared {
+    /// What the vCPUs of a new VM share; nothing runs yet.
+    pub(crate) fn new(
+        config: VmConfig,
+        options: SoftOptions,
+    ) -> Result<Arc<VmShared>, EngineError> {
+        let os = |source| EngineError::Os {
+            what: "cannot map a vCPU frame".to_owned(),
+            source,
+        };
+        let mut vcpus = Vec::new();
+        for n in 0..config.vcpus {
+            vcpus.push(VcpuShared {
+                events: AtomicU32::new(0),
+                sipi_vector: AtomicU32::new(0),
+                stale_pages: Mutex::new(Some(Vec::new())),
+                apic: Apic::new(n),
+                frame: FrameMapping::new().map_err(os)?,
+                in_guest: AtomicBool::new(false),
+                parked: Mutex::new(false),
+                wake: Condvar::new(),
+            });
+        }
+        let tsc_khz = crate::apic::host_tsc_khz();
+        let maxphyaddr = config
+            .cpuid
+            .get(0x8000_0008, 0)
+            .map_or(40, |e| (e.eax & 0xff) as u8)
+            .clamp(36, 52);
+        let code_map = crate::xlate::CodeMap::new(&config.memory);
+        let shared = Arc::new(VmShared {
+            memory: config.memory,
+            io: config.io,
+            clock: config.clock,
+            cpuid: config.cpuid,
+            tsc_offset: AtomicI64::new(crate::apic::initial_tsc_offset()),
+            tsc_khz,
+            maxphyaddr,
+            options,
+            vcpus,
+            pic_intr: AtomicBool::new(false),
+            exclusive: Mutex::new(()),
+            exclusive_owner: AtomicU32::new(0),
+            exclusive_count: AtomicU64::new(0),
+            code_map,
+        });
+        shared
+            .memory
+            .set_code_listener(Box::new(StaleCode(Arc::downgrade(&shared))));
+        Ok(shared)
+    }
+
     /// Runs `f` while no other vCPU executes guest code or touches guest memory.
     ///
     /// The calling vCPU must have `in_guest` set; it is cleared while waiting for the gate, so two
@@ -247,50 +298,10 @@ impl SoftVm {
         config: VmConfig,
         options: SoftOptions,
     ) -> Result<Arc<SoftVm>, EngineError> {
-        let os = |source| EngineError::Os {
-            what: "cannot map a vCPU frame".to_owned(),
-            source,
-        };
-        let mut vcpus = Vec::new();
-        for n in 0..config.vcpus {
-            vcpus.push(VcpuShared {
-                events: AtomicU32::new(0),
-                sipi_vector: AtomicU32::new(0),
-                stale_pages: Mutex::new(Some(Vec::new())),
-                apic: Apic::new(n),
-                frame: FrameMapping::new().map_err(os)?,
-                in_guest: AtomicBool::new(false),
-                parked: Mutex::new(false),
-                wake: Condvar::new(),
-            });
-        }
-        let tsc_khz = crate::apic::host_tsc_khz();
-        let maxphyaddr = config
-            .cpuid
-            .get(0x8000_0008, 0)
-            .map_or(40, |e| (e.eax & 0xff) as u8)
-            .clamp(36, 52);
-        let code_map = crate::xlate::CodeMap::new(&config.memory);
-        let shared = Arc::new(VmShared {
-            memory: config.memory,
-            io: config.io,
-            clock: config.clock,
-            cpuid: config.cpuid,
-            tsc_offset: AtomicI64::new(crate::apic::initial_tsc_offset()),
-            tsc_khz,
-            maxphyaddr,
-            options,
-            vcpus,
-            pic_intr: AtomicBool::new(false),
-            exclusive: Mutex::new(()),
-            exclusive_owner: AtomicU32::new(0),
-            exclusive_count: AtomicU64::new(0),
-            code_map,
-        });
-        shared
-            .memory
-            .set_code_listener(Box::new(StaleCode(Arc::downgrade(&shared))));
-        let vcpus = (0..config.vcpus)
+        let count = config.vcpus;
+        let shared = VmShared::new(config, options)?;
+        let tsc_khz = shared.tsc_khz;
+        let vcpus = (0..count)
             .map(|n| SoftVcpu::new(Arc::clone(&shared), n).map(|v| Some(Box::new(v))))
             .collect::<Result<Vec<_>, _>>()?;
         crate::apic::start_timer_thread(&shared)?;
@@ -344,7 +355,10 @@ impl Vm for SoftVm {
         crate::apic::deliver_msi(&self.shared, addr, data);
     }
     fn set_pic_intr(&self, level: bool) {
-        self.shared.pic_intr.store(level, Ordering::SeqCst);
+        let was = self.shared.pic_intr.swap(level, Ordering::SeqCst);
+        if level && !was {
+            crate::apic::lint0_edge(&self.shared);
+        }
         if level && let Some(v) = self.shared.vcpus.first() {
             v.raise(event::INTERRUPT);
         }

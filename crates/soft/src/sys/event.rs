@@ -543,6 +543,7 @@ pub fn init(v: &mut SoftVcpu) {
     c.pending_event = None;
     v.pending_dr6 = 0;
     v.irq_waiting = true;
+    v.shared().apic.init_reset();
     v.flush_tlb(false);
 }
 

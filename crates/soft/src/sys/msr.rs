@@ -97,8 +97,9 @@ pub fn read(v: &mut SoftVcpu, index: u32) -> Option<u64> {
         msr::IA32_SPEC_CTRL if spec_ctrl_mask(v) != 0 => m.spec_ctrl,
         msr::IA32_BIOS_SIGN_ID => m.bios_sign_id,
         msr::IA32_MTRRCAP if has_mtrr(v) => MTRR_CAP,
-        // RDCL_NO and the rest are the host's to promise: nothing is promised.
-        msr::IA32_ARCH_CAPABILITIES if feature(v, 7, Reg::Edx, 29) => 0,
+        msr::IA32_ARCH_CAPABILITIES if feature(v, 7, Reg::Edx, 29) => {
+            pyrite_x86::cpuid::SOFT_ARCH_CAPABILITIES
+        }
         msr::IA32_SYSENTER_CS => m.sysenter_cs,
         msr::IA32_SYSENTER_ESP => m.sysenter_esp,
         msr::IA32_SYSENTER_EIP => m.sysenter_eip,
@@ -258,6 +259,10 @@ fn write_efer(v: &mut SoftVcpu, value: u64) -> Result<(), Exception> {
     }
     if feature(v, 0x8000_0001, Reg::Edx, 29) {
         mask |= efer::LME | efer::SCE;
+    }
+    if feature(v, 0x8000_0021, Reg::Eax, 8) {
+        // Plain storage: there is no prediction to restrict.
+        mask |= efer::AUTOIBRS;
     }
     let c = &v.frame.cpu;
     let old = c.efer;

@@ -231,7 +231,7 @@ impl Builder<'_, '_> {
                     ((1 << bits) - 1).min(0x3f)
                 };
                 let eax = c.kind | c.level << 5 | 1 << 8 | sharing << 14 | cores << 26;
-                let ebx = c.line - 1 | (c.ways - 1) << 22;
+                let ebx = (c.line - 1) | ((c.ways - 1) << 22);
                 self.put_sub(leaf, sub, [eax, ebx, c.sets - 1, c.flags]);
             }
             self.put_sub(leaf, caches.len() as u32, [0; 4]);
@@ -242,7 +242,7 @@ impl Builder<'_, '_> {
         self.put_sub(0xb, 2, [0, 0, 2, 0]);
         if self.amd() {
             self.amd_caches(&caches);
-            self.put(0x8000_0008, [0, 0, bits << 12 | n - 1, 0]);
+            self.put(0x8000_0008, [0, 0, (bits << 12) | (n - 1), 0]);
             if self.has("topoext") {
                 // EAX and EBX 7:0 are per vCPU; one thread per core, one node.
                 self.put(0x8000_001e, [0; 4]);
