@@ -650,8 +650,7 @@ fn check_xsave(s: &CpuState, features: u64) -> Result<(), String> {
 fn check_events(s: &CpuState) -> Result<(), String> {
     if let Some(p) = &s.pending_event {
         let pushes = matches!(p.vector, 8 | 10..=14 | 17 | 21);
-        if (p.external && p.software)
-            || (p.external && p.error_code.is_some())
+        if (p.external && (p.software || p.error_code.is_some()))
             || (p.error_code.is_some() && (p.software || !pushes))
             || p.error_code.is_some_and(|e| e > 0xffff && p.vector != 14)
             || (!p.external && !p.software && p.vector > 31)

@@ -358,7 +358,7 @@ const fn guest(
 pub(super) const GUESTS: &[Guest] = &[
     guest(
         "segments/loads",
-        || segment_loads(),
+        segment_loads,
         &[
             13, 0, 13, 0, 13, 0x200, 13, 0x5c, 11, 0x60, 12, 0x60, 13, 0x68, 13, 0x70, 13, 0x28, 6,
             0, 13, 0x48, 13, 0x10, 13, 0x10, 13, 0x10, 13, 0, 13, 0x20,
@@ -366,7 +366,7 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "segments/limits",
-        || segment_limits(),
+        segment_limits,
         &[
             0x6867_6665,
             13,
@@ -391,26 +391,26 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "segments/bound-into-align",
-        || bound_into_align(),
+        bound_into_align,
         &[5, 0, 4, 0, 17, 0],
     ),
     guest(
         "segments/call-gate",
-        || call_gate(),
+        call_gate,
         &[
             0x18, 0x10, 0x2222, 0x1111, 0x107f8, 0x1_efe8, 0x23, 0x10800, 0, 13, 0x18,
         ],
     ),
     guest(
         "segments/task-switch",
-        || task_switch(),
+        task_switch,
         &[
             0xb1, 0x58, 0x4000, 0x48, 0x5555, 8, 0x200, 0, 13, 0x48, 0xb2, 0xb3, 0, 0x200, 0,
         ],
     ),
     guest(
         "segments/sysenter",
-        || sysenter(),
+        sysenter,
         &[13, 0, 0x18, 0x20, 0x10f00, 0, 0x2b, 0x33, 0x10800, 13, 0],
     ),
 ];
