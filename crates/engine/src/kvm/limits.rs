@@ -46,6 +46,14 @@ const EMULATED: &[(&str, &str)] = &[
         "the emulator lacks a far CALL to a TSS",
     ),
     (
+        "segments/task-switch-16",
+        "the emulator lacks a far CALL to a TSS",
+    ),
+    (
+        "segments/io-permission",
+        "the emulator lacks IRET in protected mode",
+    ),
+    (
         "segments/sysenter",
         "the emulator lacks IRET in protected mode",
     ),
