@@ -88,6 +88,10 @@ const EMULATED: &[(&str, &str)] = &[
     ("system/device-not-available", "the emulator lacks FNOP"),
     ("system/debug", "the emulator lacks INT1"),
     (
+        "apic/level-eoi",
+        "the EOI exit comes at delivery, before the guest writes EOI",
+    ),
+    (
         "apic/interrupt-shadows",
         "interrupts wait until the emulator leaves its loop",
     ),
