@@ -44,7 +44,7 @@ use unit::{STUBS_MAX, Unit, component};
 
 /// The state an instruction works on, which decides what is checked and loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(crate) enum State {
     /// General-purpose registers only.
     Integer,
     /// x87; `waits`: looks for pending exceptions first.
@@ -86,7 +86,7 @@ struct Plan {
 
 /// Prepared host instructions of one vCPU.
 pub struct Native {
-    unit: Unit,
+    pub(crate) unit: Unit,
     plans: Vec<Arc<Plan>>,
     /// By instruction bytes and code width.
     known: HashMap<(u128, u32), u32>,
@@ -288,7 +288,7 @@ fn is_immediate(k: OpKind) -> bool {
 }
 
 /// Which state an instruction works on; `None` for what must not run natively.
-fn state_of(i: &Instruction) -> Option<State> {
+pub(crate) fn state_of(i: &Instruction) -> Option<State> {
     let features = i.cpuid_features();
     let is_x87 = features.iter().any(|f| {
         matches!(
