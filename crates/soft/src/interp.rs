@@ -28,7 +28,7 @@ pub mod string;
 #[cfg(test)]
 mod tests;
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 use pyrite_engine::EngineError;
 use pyrite_x86::bits::rflags;
 use pyrite_x86::{InterruptShadow, sreg};
@@ -120,9 +120,7 @@ pub fn code_bits(v: &SoftVcpu) -> u32 {
 
 fn one(v: &mut SoftVcpu) -> Result<(), Trap> {
     let had_rf = v.frame.cpu.rflags & rflags::RF != 0;
-    if v.frame.cpu.dr[7] & 0xff != 0 && !had_rf {
-        sys::debug::before_instruction(v)?;
-    }
+    sys::debug::before_instruction(v)?;
     let op = decode(v)?;
     let start = v.frame.cpu.rip;
     let single_step = v.frame.cpu.rflags & rflags::TF != 0;
@@ -146,39 +144,8 @@ fn one(v: &mut SoftVcpu) -> Result<(), Trap> {
             }
         }
     }
-    if single_step || v.pending_dr6 != 0 {
-        return debug_trap(v, &op, single_step);
-    }
+    sys::debug::after_instruction(v, single_step)?;
     Ok(())
-}
-
-/// #DB after an instruction: single step and data breakpoints. Intel SDM Vol. 3B §17.3.
-#[cold]
-fn debug_trap(v: &mut SoftVcpu, op: &Op, single_step: bool) -> Result<(), Trap> {
-    /// DR6.BS.
-    const BS: u64 = 1 << 14;
-    // MOV SS and POP SS hold debug traps back; a data breakpoint stays pending.
-    if v.frame.cpu.interrupt_shadow == InterruptShadow::MovSs {
-        return Ok(());
-    }
-    // Entering a handler or the kernel clears TF and with it the trap.
-    let entered = matches!(
-        op.i.mnemonic(),
-        Mnemonic::Int
-            | Mnemonic::Int1
-            | Mnemonic::Int3
-            | Mnemonic::Into
-            | Mnemonic::Syscall
-            | Mnemonic::Sysenter
-    ) && v.frame.cpu.rflags & rflags::TF == 0;
-    let mut dr6 = std::mem::take(&mut v.pending_dr6);
-    if single_step && !entered {
-        dr6 |= BS;
-    }
-    if dr6 == 0 {
-        return Ok(());
-    }
-    Err(Exception::db(dr6).into())
 }
 
 /// Bytes of the instruction at `lin`, zero-padded, how many are there, and the fault that the

@@ -24,6 +24,7 @@ pub mod frame;
 pub mod interp;
 pub mod kvmclock;
 pub mod mmu;
+pub mod signals;
 pub mod sys;
 pub mod vcpu;
 pub mod vm;

@@ -136,6 +136,8 @@ pub struct VmShared {
     pub pic_intr: AtomicBool,
     /// Held by the vCPU that made the others stand still.
     pub exclusive: Mutex<()>,
+    /// The vCPU inside an exclusive section, `u32::MAX` = none: sections of one vCPU nest.
+    pub exclusive_owner: AtomicU32,
     /// Counts exclusive sections, for statistics.
     pub exclusive_count: AtomicU64,
 }
@@ -146,7 +148,8 @@ impl VmShared {
     /// The calling vCPU must have `in_guest` set; it is cleared while waiting for the gate, so two
     /// vCPUs that ask at once take turns.
     pub fn exclusive<R>(&self, me: u32, f: impl FnOnce() -> R) -> R {
-        if self.vcpus.len() == 1 {
+        // A locked store to a code page nests: the section is ours already.
+        if self.vcpus.len() == 1 || self.exclusive_owner.load(Ordering::SeqCst) == me {
             return f();
         }
         let mine = &self.vcpus[me as usize];
@@ -170,7 +173,9 @@ impl VmShared {
                 }
             }
         }
+        self.exclusive_owner.store(me, Ordering::SeqCst);
         let r = f();
+        self.exclusive_owner.store(u32::MAX, Ordering::SeqCst);
         for v in &self.vcpus {
             v.events.fetch_and(!event::EXCLUSIVE, Ordering::SeqCst);
         }
@@ -273,6 +278,7 @@ impl SoftVm {
             vcpus,
             pic_intr: AtomicBool::new(false),
             exclusive: Mutex::new(()),
+            exclusive_owner: AtomicU32::new(u32::MAX),
             exclusive_count: AtomicU64::new(0),
         });
         shared
@@ -291,6 +297,14 @@ impl SoftVm {
             },
             vcpus: Mutex::new(vcpus),
         }))
+    }
+}
+
+#[cfg(test)]
+impl SoftVm {
+    /// The vCPU itself, for tests of the parts.
+    pub(crate) fn take_soft(&self, index: u32) -> Option<Box<SoftVcpu>> {
+        lock(&self.vcpus).get_mut(index as usize)?.take()
     }
 }
 

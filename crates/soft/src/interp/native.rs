@@ -1,22 +1,561 @@
-//! Vector, x87 and other computation on the host's own units.
-use crate::exception::Exception;
+//! Vector, x87 and other pure computation on the host's own units.
+//!
+//! A guest instruction is prepared once: its memory operand becomes a bounce buffer behind a free
+//! register, RSP is renamed if it is an operand, the result is encoded again for 64-bit mode and
+//! put in a stub ([`unit`]). To run it, the operand is copied in, the guest's registers are loaded,
+//! the stub is called and everything is saved again. All checks that depend on the guest's state
+//! come before; exceptions of the computation itself are the host's and become the guest's.
+//!
+//! Differences from hardware: with CR0.NE clear a pending x87 exception is dropped (there is no
+//! FERR# pin to IRQ 13).
+
+// UNSAFETY: calls stubs whose only instruction was built here.
+#![allow(unsafe_code, reason = "runs prepared host instructions")]
+
+pub mod feature;
+pub mod lanes;
+pub mod registers;
+pub mod unit;
+pub mod x87;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use iced_x86::{
+    CodeSize, CpuidFeature, Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic,
+    OpAccess, OpKind, Register,
+};
+use pyrite_engine::{EngineError, StopReason};
+use pyrite_x86::bits::{cr0, cr4, rflags, vector};
+use pyrite_x86::{gpr, sreg};
+
+use crate::exception::{Exception, Trap};
 use crate::interp::Op;
+use crate::interp::integer::{self, Done};
+use crate::interp::operand::{address_mask, gpr_place, mem_lin, offset, segment};
+use crate::mmu::Priv;
+use crate::sys::Next;
+use crate::sys::seg::SegAccess;
 use crate::vcpu::SoftVcpu;
-use iced_x86::Instruction;
-use pyrite_engine::EngineError;
-/// Prepared host instructions.
-pub struct Native {}
+
+use feature::Announced;
+use lanes::Lanes;
+use unit::{STUBS_MAX, Unit, component};
+
+/// The state an instruction works on, which decides what is checked and loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// General-purpose registers only.
+    Integer,
+    /// x87; `waits`: looks for pending exceptions first.
+    X87 { waits: bool },
+    /// MMX registers.
+    Mmx,
+    /// XMM registers by legacy encoding, perhaps with MMX registers.
+    Sse { mmx: bool },
+    /// XMM and YMM registers by VEX or XOP encoding.
+    Avx,
+    /// ZMM or opmask registers.
+    Avx512,
+}
+
+/// The memory operand of a prepared instruction.
+#[derive(Clone, Copy)]
+struct Memory {
+    bytes: usize,
+    read: bool,
+    write: bool,
+    /// Register (number) that holds the bounce address.
+    base: usize,
+    lanes: Lanes,
+}
+
+/// A prepared instruction.
+struct Plan {
+    code: usize,
+    mask: u64,
+    state: State,
+    memory: Option<Memory>,
+    /// Register that stands for RSP.
+    rsp: Option<usize>,
+    /// General-purpose registers that are written.
+    written: u16,
+    /// x87 opcode for FOP; `None` for what does not set the last-instruction pointers.
+    fop: Option<u16>,
+}
+
+/// Prepared host instructions of one vCPU.
+pub struct Native {
+    pub(crate) unit: Unit,
+    plans: Vec<Arc<Plan>>,
+    /// By instruction bytes and code width.
+    known: HashMap<(u128, u32), u32>,
+    announced: Option<Announced>,
+    info: InstructionInfoFactory,
+}
+
 impl Native {
-    /// Empty.
+    /// Nothing prepared.
     pub fn new() -> Result<Native, EngineError> {
-        Ok(Native {})
+        Ok(Native {
+            unit: Unit::new()?,
+            plans: Vec::new(),
+            known: HashMap::new(),
+            announced: None,
+            info: InstructionInfoFactory::new(),
+        })
     }
 }
-/// Prepares.
-pub fn prepare(_v: &mut SoftVcpu, _op: &mut Op, _bytes: u128) -> Result<(), Exception> {
+
+/// True if the guest's CPUID announces what the instruction belongs to.
+pub fn announced(v: &mut SoftVcpu, i: &Instruction) -> bool {
+    let table = &v.vm.cpuid;
+    let set = v
+        .interp
+        .native
+        .announced
+        .get_or_insert_with(|| Announced::new(table));
+    set.all(i.cpuid_features())
+}
+
+/// Chooses the handler of an instruction that the other modules do not execute.
+pub fn prepare(v: &mut SoftVcpu, op: &mut Op, bytes: u128) -> Result<(), Exception> {
+    op.run = integer::undefined;
+    if !announced(v, &op.i) {
+        return Ok(());
+    }
+    if let Some(run) = x87::handler(&op.i).or_else(|| lanes::handler(&op.i)) {
+        op.run = run;
+        return Ok(());
+    }
+    let keep = u128::MAX >> (128 - 8 * op.i.len() as u32);
+    let key = (bytes & keep, op.bits);
+    if let Some(&n) = v.interp.native.known.get(&key) {
+        (op.plan, op.run) = (n, execute);
+        return Ok(());
+    }
+    if v.interp.native.plans.len() >= STUBS_MAX - 1 {
+        // Numbers in decoded instructions would dangle.
+        v.interp.forget();
+        let n = &mut v.interp.native;
+        n.plans.clear();
+        n.known.clear();
+        n.unit.clear();
+    }
+    let n = &mut v.interp.native;
+    if let Some(plan) = build(n, &op.i, bytes) {
+        op.plan = n.plans.len() as u32;
+        op.run = execute;
+        n.plans.push(Arc::new(plan));
+        n.known.insert(key, op.plan);
+    }
     Ok(())
 }
-/// Announced.
-pub fn announced(_v: &SoftVcpu, _i: &Instruction) -> bool {
-    true
+
+/// Registers that may stand for others, most easily encoded first. RBP and R13 would need a
+/// displacement as base, R12 an index byte.
+const SPARE: [Register; 10] = [
+    Register::RSI,
+    Register::RDI,
+    Register::RBX,
+    Register::R8,
+    Register::R9,
+    Register::R10,
+    Register::R11,
+    Register::R14,
+    Register::R15,
+    Register::RCX,
+];
+
+fn number(r: Register) -> Option<usize> {
+    gpr_place(r).map(|(n, _, _)| n)
+}
+
+/// Builds the host's form of an instruction; `None` if there is none.
+fn build(n: &mut Native, i: &Instruction, bytes: u128) -> Option<Plan> {
+    let state = state_of(i)?;
+    let mut used = 0u16;
+    let mut written = 0u16;
+    let info = n.info.info(i);
+    for r in info.used_registers() {
+        if let Some(k) = number(r.register()) {
+            used |= 1 << k;
+            let is_address = r.access() == OpAccess::Read;
+            if !is_address {
+                written |= 1 << k;
+            }
+        }
+    }
+    let mut host = *i;
+    let mut spare = SPARE
+        .into_iter()
+        .filter(|&r| number(r).is_some_and(|k| used >> k & 1 == 0));
+    let mut memory = None;
+    for op in 0..i.op_count() {
+        if i.op_kind(op) == OpKind::Memory {
+            let access = info.op_access(op);
+            let base = spare.next()?;
+            host.set_segment_prefix(Register::None);
+            host.set_memory_base(base);
+            host.set_memory_index(Register::None);
+            host.set_memory_index_scale(1);
+            host.set_memory_displacement64(0);
+            host.set_memory_displ_size(0);
+            let bytes = i.memory_size().size();
+            // LIMIT: 64 bytes is the largest operand of the units.
+            if !(1..=64).contains(&bytes) || i.is_vsib() {
+                return None;
+            }
+            memory = Some(Memory {
+                bytes,
+                read: !matches!(
+                    access,
+                    OpAccess::Write | OpAccess::CondWrite | OpAccess::NoMemAccess
+                ),
+                write: !matches!(
+                    access,
+                    OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
+                ),
+                base: number(base)?,
+                lanes: Lanes::of(i, op),
+            });
+        } else if i.op_kind(op) != OpKind::Register && !is_immediate(i.op_kind(op)) {
+            return None;
+        }
+    }
+    // RSP as an operand: another register stands for it, in the same size.
+    let mut rsp = None;
+    for op in 0..i.op_count() {
+        if i.op_kind(op) != OpKind::Register || number(i.op_register(op)) != Some(gpr::RSP) {
+            continue;
+        }
+        let (_, size, high) = gpr_place(i.op_register(op))?;
+        if high {
+            continue;
+        }
+        let k = match rsp {
+            Some(k) => k,
+            None => number(spare.next()?)?,
+        };
+        rsp = Some(k);
+        let first = match size {
+            8 => Register::RAX,
+            4 => Register::EAX,
+            2 => Register::AX,
+            _ => return None,
+        };
+        host.set_op_register(op, first + k as u32);
+    }
+    host.set_code_size(CodeSize::Code64);
+    let mut encoder = Encoder::new(64);
+    encoder.encode(&host, 0x1000).ok()?;
+    let code = n.unit.add(&encoder.take_buffer())?;
+    let mask = match state {
+        State::Integer => 0,
+        State::X87 { .. } | State::Mmx | State::Sse { mmx: true } => {
+            component::X87 | component::SSE
+        }
+        State::Sse { mmx: false } => component::SSE,
+        State::Avx => component::SSE | component::AVX | component::ZMM_HI256,
+        State::Avx512 => component::ALL & !component::X87,
+    };
+    Some(Plan {
+        code,
+        mask,
+        state,
+        memory,
+        rsp,
+        written,
+        fop: matches!(state, State::X87 { .. })
+            .then(|| x87::opcode(i, bytes))
+            .flatten(),
+    })
+}
+
+fn is_immediate(k: OpKind) -> bool {
+    matches!(
+        k,
+        OpKind::Immediate8
+            | OpKind::Immediate8_2nd
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64
+    )
+}
+
+/// Which state an instruction works on; `None` for what must not run natively.
+pub(crate) fn state_of(i: &Instruction) -> Option<State> {
+    let features = i.cpuid_features();
+    let is_x87 = features.iter().any(|f| {
+        matches!(
+            f,
+            CpuidFeature::FPU
+                | CpuidFeature::FPU287
+                | CpuidFeature::FPU387
+                | CpuidFeature::FPU287XL_ONLY
+        )
+    });
+    if is_x87 {
+        let waits = !matches!(
+            i.mnemonic(),
+            Mnemonic::Fninit
+                | Mnemonic::Fnclex
+                | Mnemonic::Fnstcw
+                | Mnemonic::Fnstsw
+                | Mnemonic::Fneni
+                | Mnemonic::Fndisi
+                | Mnemonic::Fnsetpm
+        );
+        return Some(State::X87 { waits });
+    }
+    let (mut mm, mut xmm, mut wide, mut k) = (false, false, false, i.op_mask() != Register::None);
+    for op in 0..i.op_count() {
+        if i.op_kind(op) == OpKind::Register {
+            let r = i.op_register(op);
+            mm |= r.is_mm();
+            xmm |= r.is_xmm();
+            wide |= r.is_ymm() || r.is_zmm();
+            k |= r.is_k();
+        }
+    }
+    let mxcsr = matches!(
+        i.mnemonic(),
+        Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
+    );
+    match i.encoding() {
+        EncodingKind::Legacy if xmm || mxcsr => Some(State::Sse { mmx: mm }),
+        EncodingKind::Legacy | EncodingKind::D3NOW
+            if mm || matches!(i.mnemonic(), Mnemonic::Emms | Mnemonic::Femms) =>
+        {
+            Some(State::Mmx)
+        }
+        EncodingKind::Legacy => {
+            // The register-only sets are known by name.
+            let plain = features.iter().all(|f| {
+                matches!(
+                    f,
+                    CpuidFeature::ADX
+                        | CpuidFeature::SSE4_2
+                        | CpuidFeature::RDRAND
+                        | CpuidFeature::RDSEED
+                        | CpuidFeature::X64
+                )
+            });
+            plain.then_some(State::Integer)
+        }
+        EncodingKind::EVEX => Some(State::Avx512),
+        EncodingKind::VEX | EncodingKind::XOP if k => Some(State::Avx512),
+        EncodingKind::VEX | EncodingKind::XOP
+            if xmm
+                || wide
+                || mxcsr
+                || matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) =>
+        {
+            Some(State::Avx)
+        }
+        EncodingKind::VEX | EncodingKind::XOP => Some(State::Integer),
+        _ => None,
+    }
+}
+
+/// Checks of control registers that come before any operand is touched. Intel SDM Vol. 2A §2.4,
+/// §2.8; Vol. 3A §2.5, §13.1.
+fn check_state(v: &mut SoftVcpu, state: State, encoding: EncodingKind) -> Result<(), Exception> {
+    let c = &v.frame.cpu;
+    let (em, ts) = (c.cr0 & cr0::EM != 0, c.cr0 & cr0::TS != 0);
+    let vex_like = matches!(
+        encoding,
+        EncodingKind::VEX | EncodingKind::EVEX | EncodingKind::XOP
+    );
+    if vex_like && v.real_or_v86() {
+        return Err(Exception::UD);
+    }
+    let c = &v.frame.cpu;
+    let enabled = |bits: u64| c.cr4 & cr4::OSXSAVE != 0 && c.xcr0 & bits == bits;
+    match state {
+        State::Integer => return Ok(()),
+        State::X87 { .. } => {
+            if em || ts {
+                return Err(Exception::NM);
+            }
+        }
+        State::Mmx => {
+            if em {
+                return Err(Exception::UD);
+            }
+        }
+        State::Sse { .. } => {
+            if em || c.cr4 & cr4::OSFXSR == 0 {
+                return Err(Exception::UD);
+            }
+        }
+        State::Avx => {
+            if !enabled(component::SSE | component::AVX) {
+                return Err(Exception::UD);
+            }
+        }
+        State::Avx512 => {
+            if !enabled(component::SSE | component::AVX | component::AVX512) {
+                return Err(Exception::UD);
+            }
+        }
+    }
+    if ts {
+        return Err(Exception::NM);
+    }
+    if matches!(
+        state,
+        State::X87 { waits: true } | State::Mmx | State::Sse { mmx: true }
+    ) {
+        x87::check_pending(v)?;
+    }
+    Ok(())
+}
+
+/// The checks of vector instructions for the handlers that work in Rust.
+pub(crate) fn check_vector(v: &mut SoftVcpu, i: &Instruction) -> Result<(), Exception> {
+    match state_of(i) {
+        Some(state) => check_state(v, state, i.encoding()),
+        None => Err(Exception::UD),
+    }
+}
+
+/// Runs a prepared instruction.
+fn execute(v: &mut SoftVcpu, op: &Op) -> Done {
+    let Some(plan) = v.interp.native.plans.get(op.plan as usize).map(Arc::clone) else {
+        return Err(Exception::UD.into());
+    };
+    check_state(v, plan.state, op.i.encoding())?;
+    let mut lin = 0;
+    let mut lanes = u64::MAX;
+    if let Some(m) = plan.memory {
+        (lin, lanes) = copy_in(v, op, &m)?;
+    }
+    let old_pointers = x87::pointers(v);
+    let at = 64 + (lin as usize & 63);
+    {
+        let unit = &mut v.interp.native.unit;
+        let bounce = unit.call.bounce.as_ptr() as u64 + at as u64;
+        unit.call.gpr = v.frame.cpu.gpr;
+        if let Some(k) = plan.rsp {
+            unit.call.gpr[k] = v.frame.cpu.gpr[gpr::RSP];
+        }
+        if let Some(m) = plan.memory {
+            unit.call.gpr[m.base] = bounce;
+        }
+        unit.call.flags = v.frame.cpu.rflags;
+    }
+    // SAFETY: `build` made the stub: only registers, and memory at the base register, which is in
+    // the bounce buffer with at least 64 bytes behind it.
+    let fault = unsafe {
+        v.interp
+            .native
+            .unit
+            .run(plan.code, plan.mask, &mut v.frame.cpu.xsave)
+    };
+    if plan.mask & component::X87 != 0 {
+        x87::set_pointers(v, old_pointers);
+    }
+    if let Some(trap) = fault {
+        return Err(host_trap(v, op, trap));
+    }
+    let call = &v.interp.native.unit.call;
+    for n in 0..16 {
+        if plan.written >> n & 1 != 0 {
+            let from = if n == gpr::RSP {
+                plan.rsp.unwrap_or(n)
+            } else {
+                n
+            };
+            v.frame.cpu.gpr[n] = call.gpr[from];
+        }
+    }
+    let f = &mut v.frame.cpu.rflags;
+    *f = *f & !rflags::ARITH | call.flags & rflags::ARITH;
+    if let State::X87 { .. } = plan.state {
+        x87::note_instruction(v, &op.i, plan.fop);
+    }
+    if let Some(m) = plan.memory
+        && m.write
+    {
+        let mut data = [0u8; 64];
+        data[..m.bytes].copy_from_slice(&v.interp.native.unit.call.bounce[at..at + m.bytes]);
+        m.lanes.store(v, lin, &data[..m.bytes], lanes)?;
+    }
+    Ok(Next::Sequential)
+}
+
+/// Checks the memory operand and copies it into the bounce buffer. Returns its linear address and
+/// the lanes that count.
+fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exception> {
+    let access = if m.write {
+        SegAccess::Write
+    } else {
+        SegAccess::Read
+    };
+    let lanes = m.lanes.active(v, &op.i, m.bytes);
+    let whole = m.lanes.all(m.bytes);
+    // With lanes switched off, the operand may reach beyond the segment or into a missing page.
+    let lin = match mem_lin(v, &op.i, m.bytes, access) {
+        Ok(lin) => lin,
+        Err(e) if lanes == whole => return Err(e),
+        Err(e) => {
+            let seg = segment(&op.i);
+            let first = lanes.trailing_zeros() as u64 * m.lanes.element as u64;
+            if lanes != 0 {
+                let o = offset(v, &op.i).wrapping_add(first) & address_mask(&op.i);
+                let last = 64 - lanes.leading_zeros() as u64;
+                let len = last as usize * m.lanes.element - first as usize;
+                if v.linear(seg, o, len, access).is_err() {
+                    return Err(e);
+                }
+            }
+            let base = if op.bits == 64 && seg < sreg::FS {
+                0
+            } else {
+                v.frame.cpu.seg[seg].base
+            };
+            base.wrapping_add(offset(v, &op.i))
+        }
+    };
+    let at = 64 + (lin as usize & 63);
+    let mut data = [0u8; 64];
+    if m.read {
+        let out = &mut data[..m.bytes];
+        match v.read_bytes(lin, out, Priv::Current) {
+            Ok(()) => {}
+            Err(e) if lanes == whole => return Err(e),
+            Err(_) => {
+                out.fill(0);
+                m.lanes.load(v, lin, out, lanes)?;
+            }
+        }
+    }
+    if m.write {
+        m.lanes.probe(v, lin, m.bytes, lanes)?;
+    }
+    v.interp.native.unit.call.bounce[at..at + m.bytes].copy_from_slice(&data[..m.bytes]);
+    Ok((lin, lanes))
+}
+
+/// An exception that the host raised for the guest's instruction.
+fn host_trap(v: &SoftVcpu, op: &Op, trap: u8) -> Trap {
+    match trap {
+        vector::DE => Exception::DE.into(),
+        vector::UD => Exception::UD.into(),
+        vector::NM => Exception::NM.into(),
+        vector::GP => Exception::gp(0).into(),
+        vector::MF => Exception::MF.into(),
+        vector::XM if v.frame.cpu.cr4 & cr4::OSXMMEXCPT == 0 => Exception::UD.into(),
+        vector::XM => Exception::XM.into(),
+        n => Trap::Stop(StopReason::Failed(EngineError::Internal(format!(
+            "host exception {n} in {:?} at {:#x}",
+            op.i.code(),
+            v.frame.cpu.rip
+        )))),
+    }
 }

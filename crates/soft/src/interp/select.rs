@@ -1,6 +1,6 @@
 //! From a decoded instruction to the function that executes it.
 
-use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
 
 use crate::exception::{Exception, Trap};
 use crate::interp::{Handler, Op, bits, branch, decimal, integer, muldiv, native, string};
@@ -21,20 +21,23 @@ pub fn select(v: &mut SoftVcpu, i: &Instruction, mode: u32, bytes: u128) -> Resu
         bits: mode,
         plan: 0,
     };
-    let found = special(i, &mut op.size)
-        .or_else(|| stack_or_branch(i, &mut op.size))
-        .or_else(|| sys::handles(i.mnemonic()).then_some(system as Handler))
-        .or_else(|| arithmetic(i.mnemonic()))
-        .or_else(|| other(i.mnemonic()));
-    if let Some(run) = found {
-        op.run = run;
+    let own = special(i, &mut op.size).or_else(|| stack_or_branch(i, &mut op.size));
+    // The system side makes its own checks of CPUID.
+    if own.is_none() && sys::handles(i.mnemonic()) {
+        op.run = system;
+        return Ok(op);
+    }
+    let m = i.mnemonic();
+    if let Some(run) = own.or_else(|| arithmetic(m)).or_else(|| other(m)) {
+        op.run = match m {
+            _ if native::announced(v, i) => run,
+            // The prefix that makes them is ignored where they do not exist.
+            Mnemonic::Tzcnt => bits::bsf,
+            Mnemonic::Lzcnt => bits::bsr,
+            _ => integer::undefined,
+        };
     } else if !i.is_privileged() && i.flow_control() == FlowControl::Next {
         native::prepare(v, &mut op, bytes)?;
-    }
-    // What the guest's CPUID does not announce is undefined, hints and fences excepted: they
-    // decode as NOPs or exist since the first 64-bit processors.
-    if found.is_some() && !native::announced(v, i) {
-        op.run = integer::undefined;
     }
     Ok(op)
 }
@@ -83,6 +86,18 @@ fn special(i: &Instruction, size: &mut usize) -> Option<Handler> {
         Mnemonic::Mov if !is_gpr(0) || !is_gpr(1) => Some(system),
         Mnemonic::Mov => Some(integer::mov),
         Mnemonic::Pop if is_segment(0) => Some(system),
+        // 0F 0D is PREFETCHW and its kin: of memory only.
+        Mnemonic::Reservednop
+            if i.op0_kind() == OpKind::Register
+                && matches!(
+                    i.code(),
+                    Code::Reservednop_rm16_r16_0F0D
+                        | Code::Reservednop_rm32_r32_0F0D
+                        | Code::Reservednop_rm64_r64_0F0D
+                ) =>
+        {
+            Some(integer::undefined)
+        }
         _ => None,
     }
 }
@@ -179,7 +194,7 @@ fn branch_size(i: &Instruction) -> usize {
     }
 }
 
-fn arithmetic(m: Mnemonic) -> Option<Handler> {
+pub(crate) fn arithmetic(m: Mnemonic) -> Option<Handler> {
     Some(match m {
         Mnemonic::Add => integer::add,
         Mnemonic::Or => integer::or,
@@ -230,7 +245,7 @@ fn arithmetic(m: Mnemonic) -> Option<Handler> {
     })
 }
 
-fn other(m: Mnemonic) -> Option<Handler> {
+pub(crate) fn other(m: Mnemonic) -> Option<Handler> {
     Some(match m {
         Mnemonic::Movzx => integer::movzx,
         Mnemonic::Movsx | Mnemonic::Movsxd => integer::movsx,
