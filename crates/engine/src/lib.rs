@@ -19,6 +19,7 @@ pub mod saved;
 
 pub use pyrite_x86 as x86;
 use pyrite_x86::CpuState;
+pub use pyrite_x86::cpuid::{CpuidEntry, CpuidTable};
 
 /// How a vCPU reaches everything outside the processor. Called on vCPU threads, concurrently.
 pub trait CpuIo: Send + Sync {
@@ -81,37 +82,6 @@ pub struct EngineCaps {
     pub max_vcpus: u32,
     /// Frequency of the guest TSC in kHz.
     pub tsc_khz: u64,
-}
-
-/// One CPUID leaf as the guest sees it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs, reason = "register names")]
-pub struct CpuidEntry {
-    pub leaf: u32,
-    /// Sub-leaf; meaningful if `indexed`.
-    pub subleaf: u32,
-    /// The leaf depends on ECX.
-    pub indexed: bool,
-    pub eax: u32,
-    pub ebx: u32,
-    pub ecx: u32,
-    pub edx: u32,
-}
-
-/// A CPUID table: leaves before per-vCPU fields (APIC id, topology) are filled in.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CpuidTable {
-    /// Entries, any order, at most one per (leaf, subleaf).
-    pub entries: Vec<CpuidEntry>,
-}
-
-impl CpuidTable {
-    /// The entry for a leaf and sub-leaf.
-    pub fn get(&self, leaf: u32, subleaf: u32) -> Option<&CpuidEntry> {
-        self.entries
-            .iter()
-            .find(|e| e.leaf == leaf && (!e.indexed || e.subleaf == subleaf))
-    }
 }
 
 /// What a VM is created from.

@@ -24,11 +24,11 @@ use self::timer::{KeeperLink, TscAdjust};
 use crate::vm::{VmShared, event, lock};
 
 pub use self::count::BUS_KHZ;
-pub use self::deliver::deliver_msi;
+pub use self::deliver::{deliver_msi, lint0_edge};
 pub use self::msr::{msr_read, msr_write, set_apic_base};
 pub(crate) use self::timer::TimeKeeper;
 pub use self::timer::{clock_changed, poll_timer, start_timer_thread, time_to_timer};
-pub use self::tsc::{guest_tsc, host_tsc_khz, initial_tsc_offset, set_guest_tsc};
+pub use self::tsc::{guest_tsc, host_tsc_khz, initial_tsc_offset, set_guest_tsc, sleep_precisely};
 
 /// One local APIC. Interior lock: any thread may deliver to it.
 pub struct Apic {
@@ -112,6 +112,14 @@ pub fn set_cr8(vm: &VmShared, index: u32, value: u64) {
     }
 }
 
+/// Guest time, if a load of register `n` depends on it.
+fn now_for_read(vm: &VmShared, n: usize) -> u64 {
+    match n {
+        reg::CURRENT_COUNT => (vm.clock)(),
+        _ => 0,
+    }
+}
+
 /// Guest time, if a store to register `n` depends on it. The clock is not asked under the lock.
 fn now_for_write(vm: &VmShared, n: usize) -> u64 {
     match n {
@@ -129,11 +137,7 @@ pub fn mmio_read(vm: &VmShared, index: u32, offset: u64, out: &mut [u8]) {
         return;
     };
     let n = (offset >> 4) as usize & 0xff;
-    let now_ns = if n == reg::CURRENT_COUNT {
-        (vm.clock)()
-    } else {
-        0
-    };
+    let now_ns = now_for_read(vm, n);
     let (value, wake) = {
         let mut regs = lock(&v.apic.regs);
         match regs.read(n, || now_ns) {
@@ -177,3 +181,6 @@ pub fn mmio_write(vm: &VmShared, index: u32, offset: u64, data: &[u8]) {
     }
     deliver::apply(vm, index, effect, false);
 }
+
+#[cfg(test)]
+mod tests;

@@ -212,7 +212,12 @@ impl SoftVcpu {
 
     fn run_loop(&mut self) -> StopReason {
         loop {
-            if self.shared().events.load(Ordering::SeqCst) != 0
+            // The exit request may be left over from an event that was withdrawn; taking events
+            // clears it, else translated code would leave at once, for ever.
+            let me = self.shared();
+            let wanted = me.events.load(Ordering::SeqCst)
+                | me.frame.exit_request().load(Ordering::SeqCst);
+            if wanted != 0
                 && let Some(reason) = self.take_events()
             {
                 return reason;
@@ -271,6 +276,7 @@ impl Vcpu for SoftVcpu {
     fn run(&mut self) -> StopReason {
         let vm = Arc::clone(&self.vm);
         xlate::prepare_thread();
+        apic::sleep_precisely();
         self.shared().enter_guest(&vm);
         // Guest time may have stood still since the last run.
         kvmclock::refresh(self);

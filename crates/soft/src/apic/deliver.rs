@@ -4,7 +4,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::regs::{Effect, base, esr, mode};
+use super::regs::{Effect, LVT_MASKED, base, esr, mode, reg};
 use crate::vm::{VmShared, event, lock};
 
 /// A message on its way.
@@ -202,13 +202,7 @@ fn accept(vm: &VmShared, index: u32, message: Message) {
             return;
         }
         match message.mode {
-            mode::FIXED => {
-                if regs.accept(message.vector, message.level) {
-                    event::INTERRUPT
-                } else {
-                    0
-                }
-            }
+            mode::FIXED => u32::from(regs.accept(message.vector, message.level)) * event::INTERRUPT,
             mode::EXTINT => {
                 regs.extint = true;
                 event::INTERRUPT
@@ -226,6 +220,30 @@ fn accept(vm: &VmShared, index: u32, message: Message) {
     };
     if wake != 0 {
         v.raise(wake);
+    }
+}
+
+/// The PIC's INTR output, wired to LINT0 of vCPU 0, has gone high. As an ExtINT input it is a
+/// level that the vCPU looks at by itself; in the other modes the edge is a message.
+/// Intel SDM Vol. 3A §10.5.1.
+pub fn lint0_edge(vm: &VmShared) {
+    let Some(v) = vm.vcpus.first() else { return };
+    let message = {
+        let mut regs = lock(&v.apic.regs);
+        let Ok(lvt) = regs.read(reg::LVT_LINT0, || 0) else {
+            return;
+        };
+        if lvt & LVT_MASKED != 0 {
+            return;
+        }
+        Message {
+            vector: lvt as u8,
+            mode: lvt >> 8 & 7,
+            level: false,
+        }
+    };
+    if matches!(message.mode, mode::FIXED | mode::NMI | mode::INIT) {
+        accept(vm, 0, message);
     }
 }
 

@@ -14,7 +14,7 @@ pub fn msr_read(vm: &VmShared, index: u32, number: u32) -> Option<Result<u64, ()
         msr::IA32_TSC_DEADLINE => Some(Ok(lock(&apic.regs).tsc_deadline)),
         msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
             let n = (number - msr::X2APIC_FIRST) as usize;
-            let now_ns = (n == reg::CURRENT_COUNT).then(|| (vm.clock)()).unwrap_or(0);
+            let now_ns = super::now_for_read(vm, n);
             let mut regs = lock(&apic.regs);
             if !regs.x2apic() {
                 return Some(Err(()));
@@ -78,9 +78,13 @@ fn x2apic_write(vm: &VmShared, index: u32, n: usize, value: u64) -> Result<(), (
 /// `Msrs::apic_base` and flushes its soft TLB if this returns `Ok`; `Err` is #GP(0).
 ///
 /// Intel SDM Vol. 3A §10.4.4, §10.12.5 (transitions).
+#[allow(
+    clippy::result_unit_err,
+    reason = "there is one way to fail: #GP(0), as for all MSRs"
+)]
 pub fn set_apic_base(vm: &VmShared, index: u32, value: u64) -> Result<(), ()> {
     let apic = &vm.vcpus.get(index as usize).ok_or(())?.apic;
-    let address = (1u64 << vm.maxphyaddr) - 1 & !0xfff;
+    let address = ((1u64 << vm.maxphyaddr) - 1) & !0xfff;
     if value & !(address | base::BSP | base::EXTD | base::EN) != 0 {
         return Err(());
     }

@@ -57,14 +57,12 @@ pub mod esr {
     pub const ILLEGAL_REGISTER: u32 = 1 << 7;
 }
 
-/// Delivery modes. Intel SDM Vol. 3A §10.6.1.
+/// Delivery modes; 2 is SMI, which means nothing here. Intel SDM Vol. 3A §10.6.1.
 pub mod mode {
     /// To all listed.
     pub const FIXED: u32 = 0;
     /// To the listed processor of lowest priority.
     pub const LOWEST: u32 = 1;
-    /// System management interrupt; there is no SMM here.
-    pub const SMI: u32 = 2;
     /// Non-maskable.
     pub const NMI: u32 = 4;
     /// INIT.
@@ -83,6 +81,9 @@ const SVR_ENABLE: u32 = 1 << 8;
 const SVR_SUPPRESS_EOI: u32 = 1 << 12;
 /// Version: SVR bit 12 is implemented.
 const VERSION_SUPPRESS_EOI: u32 = 1 << 24;
+/// Places of entries in `Regs::lvt`.
+const LINT0: usize = reg::LVT_LINT0 - reg::LVT_TIMER;
+const ERROR: usize = reg::LVT_ERROR - reg::LVT_TIMER;
 const TIMER_MODE: u32 = 3 << 17;
 const TIMER_PERIODIC: u32 = 1 << 17;
 const TIMER_DEADLINE: u32 = 2 << 17;
@@ -259,7 +260,7 @@ impl Regs {
 
     /// LINT0 is an open ExtINT input, or the APIC is out of the way.
     pub fn accepts_extint(&mut self) -> bool {
-        let lint0 = self.lvt[3];
+        let lint0 = self.lvt[LINT0];
         !self.enabled()
             || lint0 & LVT_MASKED == 0 && lint0 >> 8 & 7 == mode::EXTINT
             || std::mem::take(&mut self.extint)
@@ -282,7 +283,7 @@ impl Regs {
     pub fn error(&mut self, what: u32) -> bool {
         let news = self.errors & what != what;
         self.errors |= what;
-        let lvt = self.lvt[5];
+        let lvt = self.lvt[ERROR];
         if !news || lvt & LVT_MASKED != 0 {
             return false;
         }
@@ -451,7 +452,7 @@ impl Regs {
                 return Ok(self.write_icr(self.icr >> 32 << 32 | u64::from(value)));
             }
             reg::LVT_TIMER..=reg::LVT_ERROR => {
-                effect.timer = self.write_lvt(n - reg::LVT_TIMER, x2, value, now_ns)?;
+                effect.timer = self.write_lvt(n, x2, value, now_ns)?;
             }
             reg::INITIAL_COUNT => {
                 // In TSC-deadline mode stores are ignored. Intel SDM Vol. 3A §10.5.4.1.
@@ -518,15 +519,15 @@ impl Regs {
 
     fn write_lvt(
         &mut self,
-        entry: usize,
+        n: usize,
         x2: bool,
         value: u32,
         now_ns: impl FnOnce() -> u64,
     ) -> Result<bool, Illegal> {
-        let mask = match entry {
-            0 => 0xff | LVT_MASKED | TIMER_MODE,
-            1 | 2 => 0x7ff | LVT_MASKED,
-            3 | 4 => 0xa7ff | LVT_MASKED,
+        let mask = match n {
+            reg::LVT_TIMER => 0xff | LVT_MASKED | TIMER_MODE,
+            reg::LVT_THERMAL | reg::LVT_PERF => 0x7ff | LVT_MASKED,
+            reg::LVT_LINT0 | reg::LVT_LINT1 => 0xa7ff | LVT_MASKED,
             _ => 0xff | LVT_MASKED,
         };
         // Delivery status and remote IRR are read-only, not reserved.
@@ -535,8 +536,8 @@ impl Regs {
         if self.svr & SVR_ENABLE == 0 {
             value |= LVT_MASKED;
         }
-        if entry != 0 {
-            self.lvt[entry] = value;
+        if n != reg::LVT_TIMER {
+            self.lvt[n - reg::LVT_TIMER] = value;
             return Ok(false);
         }
         let was = self.lvt[0] & TIMER_MODE;
@@ -595,7 +596,8 @@ impl Regs {
         r[reg::DIVIDE] = self.divide;
         s.tsc_deadline = self.tsc_deadline;
         if self.count.running() && !self.deadline_mode() {
-            r[reg::CURRENT_COUNT] = self.current_count(now_ns);
+            // 0 would say that it has fired, see `restore`.
+            r[reg::CURRENT_COUNT] = self.current_count(now_ns).max(1);
             s.timer_start_ns = self.count.started_ns().max(1);
         }
         s
@@ -626,6 +628,10 @@ impl Regs {
         self.icr = u64::from(r[reg::ICR_HIGH]) << 32 | u64::from(r[reg::ICR_LOW] & !(1 << 12));
         self.lvt
             .copy_from_slice(&r[reg::LVT_TIMER..=reg::LVT_ERROR]);
+        for lvt in &mut self.lvt {
+            // Vector, delivery mode, polarity, trigger, mask, timer mode.
+            *lvt &= 0x7_a7ff;
+        }
         self.initial_count = r[reg::INITIAL_COUNT];
         self.divide = r[reg::DIVIDE] & 0xb;
         self.tsc_deadline = if self.deadline_mode() {
@@ -634,7 +640,9 @@ impl Regs {
             0
         };
         self.extint = false;
-        if s.timer_start_ns != 0 && !self.deadline_mode() {
+        // A one-shot count that has come to 0 has also fired.
+        let counting = self.periodic() || r[reg::CURRENT_COUNT] != 0;
+        if s.timer_start_ns != 0 && counting && !self.deadline_mode() {
             self.count.start(s.timer_start_ns, self.initial_count);
         } else {
             self.count.stop();

@@ -178,6 +178,7 @@ pub fn start_timer_thread(vm: &Arc<VmShared>) -> Result<(), EngineError> {
 }
 
 fn watch(vm: &Weak<VmShared>, keeper: &TimeKeeper) {
+    super::tsc::sleep_precisely();
     let mut last_clock = None;
     while !keeper.stopping.load(Ordering::SeqCst) {
         // From here until the plan is made, whoever arms a timer wakes us.

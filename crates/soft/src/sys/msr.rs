@@ -102,8 +102,9 @@ pub fn read(v: &mut SoftVcpu, index: u32) -> Option<u64> {
         msr::IA32_SPEC_CTRL if spec_ctrl_mask(v) != 0 => m.spec_ctrl,
         msr::IA32_BIOS_SIGN_ID => m.bios_sign_id,
         msr::IA32_MTRRCAP if has_mtrr(v) => MTRR_CAP,
-        // RDCL_NO and the rest are the host's to promise: nothing is promised.
-        msr::IA32_ARCH_CAPABILITIES if feature(v, 7, Reg::Edx, 29) => 0,
+        msr::IA32_ARCH_CAPABILITIES if feature(v, 7, Reg::Edx, 29) => {
+            pyrite_x86::cpuid::SOFT_ARCH_CAPABILITIES
+        }
         msr::IA32_SYSENTER_CS => m.sysenter_cs,
         msr::IA32_SYSENTER_ESP => m.sysenter_esp,
         msr::IA32_SYSENTER_EIP => m.sysenter_eip,
@@ -266,12 +267,13 @@ fn write_efer(v: &mut SoftVcpu, value: u64) -> Result<(), Exception> {
     if feature(v, 0x8000_0001, Reg::Edx, 29) {
         mask |= efer::LME | efer::SCE;
     }
-    // TCE and Automatic IBRS. AMD APM Vol. 2 §3.1.7.
+    // Translation cache extension: nothing is cached that it would keep.
     if feature(v, 0x8000_0001, Reg::Ecx, 17) {
         mask |= 1 << 15;
     }
     if feature(v, 0x8000_0021, Reg::Eax, 8) {
-        mask |= 1 << 21;
+        // Plain storage: there is no prediction to restrict.
+        mask |= efer::AUTOIBRS;
     }
     let c = &v.frame.cpu;
     let old = c.efer;
