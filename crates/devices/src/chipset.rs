@@ -7,8 +7,8 @@ use pyrite_mem::GuestMemory;
 use pyrite_vdev::bus::{BusOverlap, lock};
 use pyrite_vdev::pci::DoorbellSink;
 use pyrite_vdev::{
-    Bus, IntrSink, IrqLine, IrqSink, Lifecycle, MachineEvents, MmioDevice, MsiSink, PioDevice,
-    VmClock,
+    Bus, IntrSink, IrqLine, IrqSink, Lifecycle, MachineEvents, MmioDevice, MsiSink, PciFunction,
+    PioDevice, VmClock,
 };
 
 use crate::acpi_pm::{self, AcpiPm};
@@ -17,7 +17,9 @@ use crate::fw_cfg::{self, FwCfg};
 use crate::hpet::{Hpet, HpetLines};
 use crate::i8042::{self, I8042};
 use crate::irq::{InterruptRouter, IoApic, IoApicDevice, Pic, PicDevice, SharedLines};
-use crate::pci_host::{self, ConfigPorts, Ecam, IoWindow, MemoryWindow, PciHost, PciHostUnit};
+use crate::pci_host::{
+    self, ConfigPorts, Ecam, IoWindow, MemoryWindow, PciHost, PciHostUnit, SlotError,
+};
 use crate::pit::Pit;
 use crate::reset_ports::{PORT92, RST_CNT, ResetPorts};
 use crate::rtc::Rtc;
@@ -108,6 +110,35 @@ pub fn register_pci(
     mmio.insert_decoder(pci_host::ECAM_START, pci_host::ECAM_BYTES, "pci-ecam", ecam)
 }
 
+/// Debug and reset ports.
+fn add_simple_ports(
+    io: &Bus<dyn PioDevice>,
+    units: &mut Vec<Arc<Mutex<dyn Lifecycle>>>,
+    debugcon: Box<dyn SerialBackend>,
+    events: &Arc<dyn MachineEvents>,
+) -> Result<(), BusOverlap> {
+    let debug = DebugPorts::new(debugcon, Arc::clone(events));
+    let debug = Arc::new(Mutex::new(debug));
+    for (port, name) in [
+        (DEBUG_EXIT, "debug-exit"),
+        (DEBUGCON, "debugcon"),
+        (POST, "post"),
+    ] {
+        io.insert(
+            port.into(),
+            if port == DEBUG_EXIT { 4 } else { 1 },
+            name,
+            debug.clone(),
+        )?;
+    }
+    units.push(debug);
+    let reset = Arc::new(Mutex::new(ResetPorts::new(Arc::clone(events))));
+    io.insert(RST_CNT.into(), 1, "reset-control", reset.clone())?;
+    io.insert(PORT92.into(), 1, "port92", reset.clone())?;
+    units.push(reset);
+    Ok(())
+}
+
 impl Chipset {
     /// Builds the devices and puts them on their buses. All are in their power-on state.
     pub fn build(config: ChipsetConfig) -> Result<Chipset, BusOverlap> {
@@ -182,25 +213,7 @@ impl Chipset {
             units.push(u.clone());
         }
 
-        let debug = DebugPorts::new(config.debugcon, Arc::clone(&config.events));
-        let debug = Arc::new(Mutex::new(debug));
-        for (port, name) in [
-            (DEBUG_EXIT, "debug-exit"),
-            (DEBUGCON, "debugcon"),
-            (POST, "post"),
-        ] {
-            io.insert(
-                port.into(),
-                if port == DEBUG_EXIT { 4 } else { 1 },
-                name,
-                debug.clone(),
-            )?;
-        }
-        units.push(debug);
-        let reset = Arc::new(Mutex::new(ResetPorts::new(Arc::clone(&config.events))));
-        io.insert(RST_CNT.into(), 1, "reset-control", reset.clone())?;
-        io.insert(PORT92.into(), 1, "port92", reset.clone())?;
-        units.push(reset);
+        add_simple_ports(&io, &mut units, config.debugcon, &config.events)?;
 
         let keyboard = I8042::new(line(1), line(12), Arc::clone(&config.events));
         let i8042 = Arc::new(Mutex::new(keyboard));
@@ -232,6 +245,19 @@ impl Chipset {
             uarts,
             units,
         })
+    }
+
+    /// Plugs a PCI function in and lists it among the units, before the root complex.
+    pub fn plug<T: PciFunction + Lifecycle + 'static>(
+        &mut self,
+        slot: u8,
+        function: u8,
+        device: Arc<Mutex<T>>,
+    ) -> Result<(), SlotError> {
+        self.pci.plug(slot, function, device.clone())?;
+        let root_complex = self.units.len().saturating_sub(1);
+        self.units.insert(root_complex, device);
+        Ok(())
     }
 
     /// Resets every unit, in order.

@@ -96,7 +96,9 @@ impl Comparator {
         } else {
             self.value.wrapping_sub(counter) as i64
         };
-        self.due = Some(counter.saturating_add(ahead.max(0) as u64));
+        // All ones is the value after reset: it means never, not "just missed".
+        let is_never = !self.is_32bit() && self.value == u64::MAX;
+        self.due = (!is_never).then(|| counter.saturating_add(ahead.max(0) as u64));
     }
 
     /// Plans what follows an expiry. Missed periods are skipped.

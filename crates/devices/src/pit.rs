@@ -116,7 +116,7 @@ impl Counter {
         let v = match self.mode {
             2 => n - t % n,
             // Counts down by two, twice in a period.
-            3 => n - (2 * (t % n)) % n & !1,
+            3 => (n - (2 * (t % n)) % n) & !1,
             _ => (n + wrap - t % wrap) % wrap,
         };
         if self.bcd {
@@ -365,7 +365,7 @@ impl Pit {
             0x40..=0x42 => Some(self.regs.counters[usize::from(port - 0x40)].read(now)),
             0x61 => {
                 // Bit 4 toggles with each refresh request, every 15 µs.
-                let refresh = (now / 15_000 & 1) as u8;
+                let refresh = ((now / 15_000) & 1) as u8;
                 let out2 = u8::from(self.regs.counters[2].out(now));
                 Some(self.regs.port61 | refresh << 4 | out2 << 5)
             }

@@ -229,7 +229,7 @@ impl Rtc {
         if self.cmos(REG_B) & B_DM_BINARY != 0 {
             v
         } else {
-            v / 10 << 4 | v % 10
+            ((v / 10) << 4) | (v % 10)
         }
     }
 

@@ -182,6 +182,8 @@ pub struct Uart {
     base: u16,
     regs: Registers,
     line: IrqLine,
+    /// Level that the line was last told; most accesses do not change it. `None` = tell it again.
+    driven: Option<bool>,
     backend: Box<dyn SerialBackend>,
 }
 
@@ -193,6 +195,7 @@ impl Uart {
             base,
             regs: Registers::power_on(),
             line,
+            driven: None,
             backend,
         }
     }
@@ -226,7 +229,10 @@ impl Uart {
     /// On a PC, OUT2 connects the interrupt to the bus.
     fn drive(&mut self) {
         let pending = self.regs.interrupt() != IIR_NONE;
-        self.line.set(pending && self.regs.mcr & MCR_OUT2 != 0);
+        let level = pending && self.regs.mcr & MCR_OUT2 != 0;
+        if self.driven.replace(level) != Some(level) {
+            self.line.set(level);
+        }
     }
 
     fn transmit(&mut self, byte: u8) {
@@ -337,6 +343,8 @@ impl Lifecycle for Uart {
     passive!();
     fn reset(&mut self) {
         self.regs = Registers::power_on();
+        // The interrupt controllers may have forgotten the level in their own reset.
+        self.driven = None;
         self.drive();
         self.backend.room();
     }
@@ -346,6 +354,7 @@ impl Lifecycle for Uart {
             base: _,
             regs,
             line: _,
+            driven: _,
             backend: _,
         } = self;
         Ok(Section::new(unit, KIND, VERSION, regs))
@@ -361,6 +370,7 @@ impl Lifecycle for Uart {
             });
         }
         self.regs = saved;
+        self.driven = None;
         self.drive();
         Ok(())
     }

@@ -184,3 +184,47 @@ fn save_restore_save_is_equal_and_reset_is_power_on() {
     assert!(other.restore(&bad).is_err());
     assert_eq!(other.save(), fresh);
 }
+
+struct Whole(ConfigSpace);
+impl PciFunction for Whole {
+    fn config_read(&mut self, offset: u16) -> u32 {
+        self.0.read(offset)
+    }
+    fn config_write(&mut self, offset: u16, data: &[u8]) {
+        self.0.write(offset, data);
+    }
+    fn bar(&self, index: u8) -> Option<(BarKind, u64)> {
+        self.0.bar(index)
+    }
+    fn bar_address(&self, index: u8) -> Option<u64> {
+        self.0.bar_address(index)
+    }
+    fn bar_read(&mut self, index: u8, offset: u64, data: &mut [u8]) {
+        self.0.msix_read(index, offset, data);
+    }
+    fn bar_write(&mut self, index: u8, offset: u64, data: &[u8]) {
+        self.0.msix_write(index, offset, data);
+    }
+}
+
+#[test]
+fn arbitrary_accesses_keep_read_only_registers_and_restorable_state() {
+    use crate::conformance::{self, Target};
+    for seed in 0..20 {
+        let (c, _) = function();
+        let fresh = [0, 8, 0x2c, 0x34].map(|n| c.read(n));
+        let interrupts = c.interrupts();
+        let mut f = Whole(c);
+        let bytes = conformance::pseudo_random(seed, 20_000);
+        conformance::fuzz_device(Target::Pci(&mut f), &bytes, |b| {
+            if !interrupts.signal(b.into()) {
+                interrupts.set_intx(b & 1 != 0);
+            }
+        });
+        assert_eq!([0, 8, 0x2c, 0x34].map(|n| f.0.read(n)), fresh);
+        let saved = f.0.save();
+        let (mut other, _) = function();
+        other.restore(&saved).unwrap();
+        assert_eq!(other.save(), saved);
+    }
+}
