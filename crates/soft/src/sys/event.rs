@@ -590,7 +590,6 @@ pub fn init(v: &mut SoftVcpu) {
     v.shared().apic.init_reset();
     v.pending_dr6 = 0;
     v.irq_waiting = true;
-    v.shared().apic.init_reset();
     v.flush_tlb(false);
 }
 
