@@ -217,7 +217,10 @@ fn allowed(i: &iced_x86::Instruction, info: &mut InstructionInfoFactory) -> bool
             }
             OpKind::Register => {
                 let r = i.op_register(op).full_register();
-                if r == Register::RSP || r == Register::RSI || i.op_register(op).is_segment_register() {
+                if r == Register::RSP
+                    || r == Register::RSI
+                    || i.op_register(op).is_segment_register()
+                {
                     return false;
                 }
             }
