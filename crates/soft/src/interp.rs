@@ -229,6 +229,8 @@ fn decode_new(
             // Either the instruction reaches into a page that faults, or it is too long.
             return Err(fault.unwrap_or(Exception::gp(0)));
         }
+        // The decoder gives up at the 15th byte of what is too long.
+        _ if decoder.position() == INSN_BYTES_MAX => return Err(Exception::gp(0)),
         _ => return Err(Exception::UD),
     }
     if i.code() == Code::INVALID {

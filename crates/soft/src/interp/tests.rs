@@ -219,7 +219,10 @@ fn allowed(i: &iced_x86::Instruction, info: &mut InstructionInfoFactory) -> bool
             }
             OpKind::Register => {
                 let r = i.op_register(op).full_register();
-                if r == Register::RSP || r == Register::RSI || i.op_register(op).is_segment_register() {
+                if r == Register::RSP
+                    || r == Register::RSI
+                    || i.op_register(op).is_segment_register()
+                {
                     return false;
                 }
             }
@@ -449,4 +452,368 @@ fn random_instructions_do_what_the_host_does() {
         );
     }
     assert!(seen.len() > 400, "only {} mnemonics", seen.len());
+}
+
+fn fault(v: &mut SoftVcpu, code: &[u8]) -> u8 {
+    let rip = v.frame.cpu.rip;
+    let e = run(v, code).expect_err("a fault");
+    assert_eq!(v.frame.cpu.rip, rip, "a fault leaves RIP");
+    e.vector
+}
+
+#[test]
+fn decimal_adjustments() {
+    let (_vm, mut v) = real_mode();
+    let mut go = |code: &[u8], ax: u64, flags: u64| {
+        v.frame.cpu.rip = 0;
+        v.frame.cpu.gpr[gpr::RAX] = ax;
+        v.frame.cpu.rflags = rflags::FIXED1 | flags;
+        run(&mut v, code).map(|()| (v.frame.cpu.gpr[gpr::RAX], v.frame.cpu.rflags))
+    };
+    let (ax, f) = go(&[0x27], 0xae, 0).expect("daa");
+    assert_eq!((ax, f & rflags::CF), (0x14, rflags::CF));
+    assert_eq!(go(&[0x2f], 0x47, rflags::AF).expect("das").0, 0x41);
+    assert_eq!(go(&[0x37], 0x00f, 0).expect("aaa").0, 0x105);
+    assert_eq!(go(&[0x3f], 0x20f, 0).expect("aas").0, 0x109);
+    assert_eq!(go(&[0xd4, 10], 97, 0).expect("aam").0, 0x907);
+    assert_eq!(go(&[0xd5, 10], 0x907, 0).expect("aad").0, 97);
+    assert_eq!(go(&[0xd4, 0], 97, 0).expect_err("aam 0").vector, vec_no::DE);
+    assert_eq!(go(&[0xd6], 0, rflags::CF).expect("salc").0, 0xff);
+}
+
+#[test]
+fn sixteen_bit_stack_and_branches() {
+    let (_vm, mut v) = real_mode();
+    v.frame.cpu.gpr[gpr::RSP] = 0xffff_0000;
+    run(&mut v, &[0x68, 0x34, 0x12]).expect("push imm16");
+    assert_eq!(v.frame.cpu.gpr[gpr::RSP], 0xffff_fffe);
+    run(&mut v, &[0x5b]).expect("pop bx");
+    assert_eq!(
+        (v.frame.cpu.gpr[gpr::RBX], v.frame.cpu.gpr[gpr::RSP]),
+        (0x1234, 0xffff_0000)
+    );
+    v.frame.cpu.rip = 0x100;
+    run(&mut v, &[0xe8, 0xfd, 0xfe]).expect("call back to 0");
+    assert_eq!(v.frame.cpu.rip, 0);
+    run(&mut v, &[0xc2, 2, 0]).expect("ret 2");
+    assert_eq!(
+        (v.frame.cpu.rip, v.frame.cpu.gpr[gpr::RSP]),
+        (0x103, 0xffff_0002)
+    );
+    // LOOP counts CX alone.
+    v.frame.cpu.gpr[gpr::RCX] = 0x5_0000;
+    run(&mut v, &[0xe2, 0xfe]).expect("loop");
+    assert_eq!(
+        (v.frame.cpu.rip, v.frame.cpu.gpr[gpr::RCX]),
+        (0x103, 0x5_ffff)
+    );
+    // A target beyond the limit faults, with the counter as it was.
+    v.frame.cpu.seg[sreg::CS].limit = 0x110;
+    assert_eq!(fault(&mut v, &[0xe2, 0x20]), vec_no::GP);
+    assert_eq!(v.frame.cpu.gpr[gpr::RCX], 0x5_ffff);
+    // A word at FFFFH crosses the segment's end.
+    v.frame.cpu.gpr[gpr::RBX] = 0xffff;
+    assert_eq!(fault(&mut v, &[0x8b, 0x07]), vec_no::GP);
+    // PUSHA and POPA keep everything but SP.
+    v.frame.cpu.seg[sreg::CS].limit = 0xffff;
+    let before = v.frame.cpu.gpr;
+    run(&mut v, &[0x60]).expect("pusha");
+    assert_eq!(v.frame.cpu.gpr[gpr::RSP], 0xffff_fff2);
+    run(&mut v, &[0x61]).expect("popa");
+    assert_eq!(v.frame.cpu.gpr, before);
+}
+
+#[test]
+fn enter_nests_and_rolls_back() {
+    let (_vm, mut v) = protected_32();
+    v.frame.cpu.gpr[gpr::RSP] = DATA + 0x100;
+    v.frame.cpu.gpr[gpr::RBP] = DATA + 0x200;
+    v.vm.memory
+        .write(DATA + 0x1fc, &0xabcdu32.to_le_bytes())
+        .expect("ram");
+    run(&mut v, &[0xc8, 0x10, 0, 2]).expect("enter 16, 2");
+    assert_eq!(v.frame.cpu.gpr[gpr::RBP], DATA + 0xfc);
+    assert_eq!(v.frame.cpu.gpr[gpr::RSP], DATA + 0x100 - 12 - 16);
+    assert_eq!(v.vm.memory.read_u32(DATA + 0xf8).expect("ram"), 0xabcd);
+    assert_eq!(
+        v.vm.memory.read_u32(DATA + 0xf4).expect("ram"),
+        DATA as u32 + 0xfc
+    );
+    run(&mut v, &[0xc9]).expect("leave");
+    assert_eq!(v.frame.cpu.gpr[gpr::RBP], DATA + 0x200);
+    v.frame.cpu.seg[sreg::SS].limit = DATA as u32;
+    let rsp = v.frame.cpu.gpr[gpr::RSP];
+    assert_eq!(fault(&mut v, &[0xc8, 0x10, 0, 0]), vec_no::SS);
+    assert_eq!(v.frame.cpu.gpr[gpr::RSP], rsp);
+}
+
+#[test]
+fn illegal_encodings() {
+    let (_vm, mut v) = long_mode();
+    assert_eq!(
+        fault(&mut v, &[0xf0, 0x01, 0xc0]),
+        vec_no::UD,
+        "lock add eax, eax"
+    );
+    assert_eq!(fault(&mut v, &[0xf0, 0x8b, 0x06]), vec_no::UD, "lock mov");
+    assert_eq!(fault(&mut v, &[0x66; 16]), vec_no::GP, "too long");
+    assert_eq!(fault(&mut v, &[0x0f, 0x0b]), vec_no::UD);
+    v.frame.cpu.rip = 0x8000_0000_0000;
+    let e = match one(&mut v) {
+        Err(Trap::Exception(e)) => e.vector,
+        r => panic!("{r:?}"),
+    };
+    assert_eq!(e, vec_no::GP, "RIP not canonical");
+    // An instruction that reaches into a page that is not there.
+    v.frame.cpu.rip = 0x1f_fffe;
+    let e = run(&mut v, &[0x48, 0xb8]).expect_err("page fault");
+    assert_eq!((e.vector, e.payload), (vec_no::PF, 0x20_0000));
+    v.frame.cpu.rip = 0x1f_fffe;
+    run(&mut v, &[0x66, 0x90]).expect("ends at the page's end");
+}
+
+#[test]
+fn self_modifying_code_is_seen() {
+    let (_vm, mut v) = long_mode();
+    run(&mut v, &[0xb0, 1]).expect("mov al, 1");
+    v.frame.cpu.rip = CODE;
+    run(&mut v, &[0xb0, 2]).expect("mov al, 2");
+    assert_eq!(v.frame.cpu.gpr[gpr::RAX], 2);
+}
+
+#[test]
+fn locked_and_wide_exchange() {
+    let (_vm, mut v) = long_mode();
+    v.frame.cpu.gpr[gpr::RSI] = DATA;
+    v.frame.cpu.gpr[gpr::RAX] = 5;
+    run(&mut v, &[0xf0, 0x48, 0x0f, 0xc1, 0x06]).expect("lock xadd");
+    run(&mut v, &[0xf0, 0x48, 0x0f, 0xc1, 0x06]).expect("lock xadd");
+    assert_eq!(v.vm.memory.read_u64(DATA).expect("ram"), 5);
+    assert_eq!(v.frame.cpu.gpr[gpr::RAX], 5);
+    v.frame.cpu.gpr[gpr::RBX] = 7;
+    v.frame.cpu.gpr[gpr::RCX] = 8;
+    run(&mut v, &[0xf0, 0x48, 0x0f, 0xc7, 0x0e]).expect("lock cmpxchg16b");
+    assert_eq!(v.frame.cpu.rflags & rflags::ZF, rflags::ZF);
+    assert_eq!(v.vm.memory.read_u64(DATA).expect("ram"), 7);
+    assert_eq!(v.vm.memory.read_u64(DATA + 8).expect("ram"), 8);
+    v.frame.cpu.gpr[gpr::RSI] = DATA + 8;
+    assert_eq!(
+        fault(&mut v, &[0x48, 0x0f, 0xc7, 0x0e]),
+        vec_no::GP,
+        "misaligned"
+    );
+    // BTS with a negative bit index reaches below its base.
+    v.frame.cpu.gpr[gpr::RCX] = -3i64 as u64;
+    run(&mut v, &[0xf0, 0x48, 0x0f, 0xab, 0x0e]).expect("lock bts");
+    assert_eq!(v.vm.memory.read_u64(DATA).expect("ram"), 7 | 1 << 61);
+}
+
+#[test]
+fn strings() {
+    let (_vm, mut v) = long_mode();
+    let text: Vec<u8> = (0..20_000u32).map(|n| (n * 7 + n / 256) as u8).collect();
+    v.vm.memory.write(DATA, &text).expect("ram");
+    let c = &mut v.frame.cpu;
+    (c.gpr[gpr::RSI], c.gpr[gpr::RDI], c.gpr[gpr::RCX]) = (DATA + 3, DATA + 0x8001, 15_000);
+    while v.frame.cpu.gpr[gpr::RCX] != 0 {
+        v.frame.cpu.rip = CODE;
+        run(&mut v, &[0xf3, 0xa4]).expect("rep movsb");
+    }
+    assert_eq!(v.frame.cpu.rip, CODE + 2);
+    let mut out = vec![0; 15_000];
+    v.vm.memory.read(DATA + 0x8001, &mut out).expect("ram");
+    assert!(out == text[3..15_003]);
+    // A target just above the source repeats its first bytes.
+    let c = &mut v.frame.cpu;
+    (c.gpr[gpr::RSI], c.gpr[gpr::RDI], c.gpr[gpr::RCX], c.rip) = (DATA, DATA + 2, 100, CODE);
+    run(&mut v, &[0xf3, 0xa4]).expect("rep movsb");
+    v.vm.memory.read(DATA, &mut out[..102]).expect("ram");
+    assert!((0..102).all(|n| out[n] == text[n % 2]));
+    // STOS over the end of memory: the fault leaves the registers at the element.
+    let c = &mut v.frame.cpu;
+    (c.gpr[gpr::RDI], c.gpr[gpr::RCX], c.gpr[gpr::RAX], c.rip) =
+        (LAST_PAGE + 0xff0, 9, 0x55aa, CODE);
+    assert_eq!(fault(&mut v, &[0xf3, 0xab]), vec_no::PF);
+    assert_eq!(
+        (v.frame.cpu.gpr[gpr::RDI], v.frame.cpu.gpr[gpr::RCX]),
+        (0x20_0000, 5)
+    );
+    // SCAS stops behind the match; DF runs down; 32-bit addresses are truncated.
+    v.vm.memory.write(DATA, b"hello").expect("ram");
+    let c = &mut v.frame.cpu;
+    (c.gpr[gpr::RDI], c.gpr[gpr::RCX], c.gpr[gpr::RAX]) = (DATA | 1 << 40, 9, u64::from(b'l'));
+    run(&mut v, &[0xf2, 0x67, 0xae]).expect("repne scasb");
+    assert_eq!(
+        (v.frame.cpu.gpr[gpr::RDI], v.frame.cpu.gpr[gpr::RCX]),
+        (DATA + 3, 6)
+    );
+    v.frame.cpu.rflags |= rflags::DF;
+    let c = &mut v.frame.cpu;
+    (c.gpr[gpr::RSI], c.gpr[gpr::RCX]) = (DATA + 4, 2);
+    run(&mut v, &[0xf3, 0xac]).expect("rep lodsb");
+    assert_eq!(
+        (v.frame.cpu.gpr[gpr::RSI], v.frame.cpu.gpr[gpr::RAX] as u8),
+        (DATA + 2, b'l')
+    );
+}
+
+#[test]
+fn state_checks_of_vector_instructions() {
+    const ADDPS: [u8; 3] = [0x0f, 0x58, 0xc1];
+    let (_vm, mut v) = long_mode();
+    v.frame.cpu.cr0 |= cr0::TS;
+    assert_eq!(fault(&mut v, &ADDPS), vec_no::NM);
+    assert_eq!(fault(&mut v, &[0xd9, 0xe8]), vec_no::NM, "fld1");
+    v.frame.cpu.cr0 = v.frame.cpu.cr0 & !cr0::TS | cr0::EM;
+    assert_eq!(fault(&mut v, &ADDPS), vec_no::UD);
+    assert_eq!(fault(&mut v, &[0xd9, 0xe8]), vec_no::NM);
+    v.frame.cpu.cr0 &= !cr0::EM;
+    v.frame.cpu.cr4 &= !cr4::OSFXSR;
+    assert_eq!(fault(&mut v, &ADDPS), vec_no::UD);
+    v.frame.cpu.cr4 |= cr4::OSFXSR;
+    run(&mut v, &ADDPS).expect("enabled");
+    v.frame.cpu.xcr0 = 3;
+    assert_eq!(
+        fault(&mut v, &[0xc5, 0xf0, 0x58, 0xc2]),
+        vec_no::UD,
+        "vaddps"
+    );
+    run(&mut v, &[0xc4, 0xe2, 0x70, 0xf2, 0xc2]).expect("andn needs no XCR0");
+}
+
+#[test]
+fn unmasked_exceptions_become_the_guests() {
+    let (_vm, mut v) = long_mode();
+    // 1/0 with the divide exception unmasked in MXCSR.
+    v.frame.cpu.xsave.0[24..28].copy_from_slice(&0x1d80u32.to_le_bytes());
+    normalise(&mut v);
+    let mut one_ps = [0; 64];
+    one_ps[..4].copy_from_slice(&1f32.to_le_bytes());
+    set_vector(&mut v, 0, &one_ps);
+    set_vector(&mut v, 1, &[0; 64]);
+    assert_eq!(
+        fault(&mut v, &[0xf3, 0x0f, 0x5e, 0xc1]),
+        vec_no::XM,
+        "divss"
+    );
+    assert_eq!(v.frame.cpu.xsave.0[24] & 4, 4, "MXCSR.ZE");
+    assert_eq!(vector(&v, 0), one_ps);
+    v.frame.cpu.cr4 &= !cr4::OSXMMEXCPT;
+    assert_eq!(fault(&mut v, &[0xf3, 0x0f, 0x5e, 0xc1]), vec_no::UD);
+    // x87: the exception waits for the next instruction.
+    v.frame.cpu.gpr[gpr::RSI] = DATA;
+    v.vm.memory
+        .write(DATA, &0x037bu16.to_le_bytes())
+        .expect("ram");
+    for code in [
+        &[0xdb, 0xe3][..],
+        &[0xd9, 0x2e],
+        &[0xd9, 0xe8],
+        &[0xd9, 0xee],
+        &[0xde, 0xf9],
+    ] {
+        run(&mut v, code).expect("fninit, fldcw, fld1, fldz, fdivp");
+    }
+    let fdivp = v.frame.cpu.rip - 2;
+    assert_eq!(fault(&mut v, &[0xd9, 0xe8]), vec_no::MF);
+    assert_eq!(fault(&mut v, &[0x9b]), vec_no::MF);
+    // The environment tells which instruction it was.
+    run(&mut v, &[0xd9, 0x76, 0x10]).expect("fnstenv");
+    assert_eq!(
+        u64::from(v.vm.memory.read_u32(DATA + 0x10 + 12).expect("ram")),
+        fdivp
+    );
+    assert_eq!(
+        v.vm.memory.read_u32(DATA + 0x14).expect("ram") & 0x84,
+        0x84,
+        "FSW.ES, ZE"
+    );
+    run(&mut v, &[0xdb, 0xe2]).expect("fnclex");
+    run(&mut v, &[0xd9, 0xe8]).expect("nothing pending");
+}
+
+#[test]
+fn x87_save_and_restore_round_trip() {
+    for size in [2, 4] {
+        let (_vm, mut v) = protected_32();
+        v.frame.cpu.gpr[gpr::RSI] = DATA;
+        for code in [
+            &[0xdb, 0xe3][..],
+            &[0xd9, 0xe8],
+            &[0xd9, 0xeb],
+            &[0xd9, 0xee],
+        ] {
+            run(&mut v, code).expect("fninit, fld1, fldpi, fldz");
+        }
+        normalise(&mut v);
+        let before = v.frame.cpu.xsave.clone();
+        let prefix: &[u8] = if size == 2 { &[0x66] } else { &[] };
+        run(&mut v, &[prefix, &[0xdd, 0x36]].concat()).expect("fnsave");
+        let tags = 2 * size;
+        let w = v.vm.memory.read_u32(DATA + tags).expect("ram") & 0xffff;
+        assert_eq!(w, 0b00_00_01_11_11_11_11_11, "zero, pi, one from the top");
+        assert_eq!(v.frame.cpu.xsave.0[4], 0, "all empty");
+        run(&mut v, &[prefix, &[0xdd, 0x26]].concat()).expect("frstor");
+        let a = &v.frame.cpu.xsave.0;
+        assert!(a[0..5] == before.0[0..5] && a[32..160] == before.0[32..160]);
+    }
+}
+
+#[test]
+fn lanes_that_are_off_do_not_fault() {
+    let (_vm, mut v) = long_mode();
+    let host = Unit::new().expect("unit").components;
+    v.vm.memory
+        .write(0x20_0000 - 8, &[1, 2, 3, 4, 5, 6, 7, 8])
+        .expect("ram");
+    v.frame.cpu.gpr[gpr::RSI] = 0x20_0000 - 8;
+    if host & component::AVX != 0 {
+        // vmaskmovps xmm0, xmm1, [rsi]: two of four elements are there.
+        normalise(&mut v);
+        let mut m = [0; 64];
+        m[..8].fill(0x80);
+        set_vector(&mut v, 1, &m);
+        run(&mut v, &[0xc4, 0xe2, 0x71, 0x2c, 0x06]).expect("masked load");
+        normalise(&mut v);
+        assert_eq!(
+            vector(&v, 0)[..16],
+            [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0]
+        );
+        run(&mut v, &[0xc4, 0xe2, 0x71, 0x2e, 0x0e]).expect("masked store");
+        assert_eq!(
+            v.vm.memory.read_u64(0x20_0000 - 8).expect("ram"),
+            0x8080_8080_8080_8080
+        );
+        m[..12].fill(0x80);
+        set_vector(&mut v, 1, &m);
+        assert_eq!(fault(&mut v, &[0xc4, 0xe2, 0x71, 0x2c, 0x06]), vec_no::PF);
+    }
+    if host & component::AVX512 == component::AVX512 {
+        normalise(&mut v);
+        set_opmask(&mut v, Register::K1, 3);
+        // vmovdqu32 zmm2{k1}{z}, [rsi]
+        run(&mut v, &[0x62, 0xf1, 0x7e, 0xc9, 0x6f, 0x16]).expect("masked load");
+        normalise(&mut v);
+        assert_eq!(
+            vector(&v, 2)[..9],
+            [0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0]
+        );
+        set_opmask(&mut v, Register::K1, 7);
+        assert_eq!(
+            fault(&mut v, &[0x62, 0xf1, 0x7e, 0xc9, 0x6f, 0x16]),
+            vec_no::PF
+        );
+        // vpgatherdd zmm3{k1}, [rsi + zmm4]: the third element faults, two are done.
+        let mut index = [0; 64];
+        index[4..8].copy_from_slice(&(-16i32).to_le_bytes());
+        index[8..12].copy_from_slice(&4096i32.to_le_bytes());
+        set_vector(&mut v, 4, &index);
+        assert_eq!(
+            fault(&mut v, &[0x62, 0xf2, 0x7d, 0x49, 0x90, 0x1c, 0x26]),
+            vec_no::PF
+        );
+        normalise(&mut v);
+        assert_eq!(opmask(&v, Register::K1), 4);
+        assert_eq!(vector(&v, 3)[..8], [0x80, 0x80, 0x80, 0x80, 0, 0, 0, 0]);
+    }
 }
