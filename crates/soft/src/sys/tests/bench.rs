@@ -257,8 +257,8 @@ impl Bench {
         b.write(TSS + 4, &STACK0.to_le_bytes());
         b.write(TSS + 0x24, &IST1.to_le_bytes());
         b.write(TSS + 102, &0x100u16.to_le_bytes());
-        b.write(TABLES, &(TABLES + 0x1000 | 7).to_le_bytes());
-        b.write(TABLES + 0x1000, &(TABLES + 0x2000 | 7).to_le_bytes());
+        b.write(TABLES, &((TABLES + 0x1000) | 7).to_le_bytes());
+        b.write(TABLES + 0x1000, &((TABLES + 0x2000) | 7).to_le_bytes());
         for n in 0..2u64 {
             b.write(TABLES + 0x2000 + 8 * n, &(n << 21 | 0x87).to_le_bytes());
         }
