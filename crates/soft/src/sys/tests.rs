@@ -5,6 +5,7 @@
 
 mod bench;
 mod debugging;
+mod hostile;
 mod long;
 mod protected;
 mod tasks;

@@ -7,6 +7,7 @@ use pyrite_mem::GuestMemory;
 use pyrite_x86::bits::{cr0, cr4, efer, rflags};
 use pyrite_x86::{CpuState, Segment, TableReg, gpr, sreg};
 
+use crate::vcpu::SoftVcpu;
 use crate::vm::{SoftOptions, SoftVm};
 
 pub(super) const GDT: u64 = 0x1000;
@@ -96,8 +97,8 @@ pub(super) enum End {
 pub(super) struct Bench {
     memory: Arc<GuestMemory>,
     outside: Arc<Outside>,
-    vcpu: Box<dyn Vcpu>,
-    _vm: Arc<SoftVm>,
+    vcpu: Box<SoftVcpu>,
+    vm: Arc<SoftVm>,
     /// The state that `run` starts from and leaves.
     pub(super) cpu: CpuState,
 }
@@ -160,12 +161,12 @@ impl Bench {
         };
         let vm = SoftVm::with_options(config, options).unwrap();
         *outside.vm.lock().unwrap() = Some(Arc::downgrade(&vm));
-        let vcpu = vm.take_vcpu(0).unwrap();
+        let vcpu = vm.take_soft(0).unwrap();
         let mut b = Bench {
             memory,
             outside,
             vcpu,
-            _vm: vm,
+            vm,
             cpu: CpuState::reset(0, true),
         };
         for n in 0..256u64 {
@@ -297,6 +298,12 @@ impl Bench {
             flat_register(CODE3, 0xc0fb)
         };
         self
+    }
+
+    /// The vCPU in the bench's state, to be stepped; the VM must be kept.
+    pub(super) fn into_vcpu(mut self) -> (Arc<SoftVm>, Box<SoftVcpu>) {
+        self.vcpu.set_state(&self.cpu).unwrap();
+        (self.vm, self.vcpu)
     }
 
     pub(super) fn write(&mut self, gpa: u64, bytes: &[u8]) {
