@@ -47,7 +47,14 @@ const DATA: u64 = 0x11_0000;
 const LAST_PAGE: u64 = 0x1f_f000;
 
 fn host_cpuid() -> CpuidTable {
-    let leaves = [(1, 0), (7, 0), (7, 1), (0x8000_0001, 0), (0x8000_0008, 0)];
+    let leaves = [
+        (0, 0),
+        (1, 0),
+        (7, 0),
+        (7, 1),
+        (0x8000_0001, 0),
+        (0x8000_0008, 0),
+    ];
     let entries = leaves
         .into_iter()
         .map(|(leaf, subleaf)| {
