@@ -29,7 +29,7 @@ pub mod string;
 mod tests;
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
-use pyrite_engine::EngineError;
+use pyrite_engine::{CpuidEntry, EngineError};
 use pyrite_x86::bits::rflags;
 use pyrite_x86::{InterruptShadow, sreg};
 
@@ -76,8 +76,8 @@ pub struct Interp {
     cache: Box<[Option<Cached>]>,
     /// Prepared host instructions.
     pub(crate) native: native::Native,
-    /// How the decoder treats encodings on which vendors differ.
-    options: u32,
+    /// How the decoder treats encodings on which vendors differ; found on first use.
+    options: Option<u32>,
 }
 
 impl Interp {
@@ -86,7 +86,7 @@ impl Interp {
         Ok(Interp {
             cache: (0..CACHE_SLOTS).map(|_| None).collect(),
             native: native::Native::new()?,
-            options: DecoderOptions::NONE,
+            options: None,
         })
     }
 
@@ -220,7 +220,14 @@ fn decode_new(
 ) -> Result<Op, Exception> {
     let raw = bytes.to_le_bytes();
     let rip = v.frame.cpu.rip;
-    let mut decoder = Decoder::with_ip(mode, &raw[..room], rip, v.interp.options);
+    let options = match v.interp.options {
+        Some(o) => o,
+        None => *v
+            .interp
+            .options
+            .insert(vendor_options(v.vm.cpuid.get(0, 0))),
+    };
+    let mut decoder = Decoder::with_ip(mode, &raw[..room], rip, options);
     let mut i = Instruction::default();
     decoder.decode_out(&mut i);
     match decoder.last_error() {
@@ -229,6 +236,8 @@ fn decode_new(
             // Either the instruction reaches into a page that faults, or it is too long.
             return Err(fault.unwrap_or(Exception::gp(0)));
         }
+        // The decoder gives up at the 15th byte of what is too long.
+        _ if decoder.position() == INSN_BYTES_MAX => return Err(Exception::gp(0)),
         _ => return Err(Exception::UD),
     }
     if i.code() == Code::INVALID {
@@ -245,4 +254,15 @@ fn decode_new(
         op,
     });
     Ok(op)
+}
+
+/// AMD and Intel differ in what 66H does to near branches in 64-bit code, among others. The guest
+/// gets what its CPUID says it is.
+fn vendor_options(leaf0: Option<&CpuidEntry>) -> u32 {
+    // EBX of "AuthenticAMD" and "HygonGenuine".
+    let amd = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
+    match leaf0 {
+        Some(e) if amd.contains(&e.ebx) => DecoderOptions::AMD,
+        _ => DecoderOptions::NONE,
+    }
 }

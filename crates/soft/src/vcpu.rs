@@ -230,6 +230,12 @@ impl SoftVcpu {
                 }
                 Activity::Running | Activity::Halted => {}
             }
+            if let Some(p) = self.frame.cpu.pending_event.take() {
+                if let Err(Trap::Stop(reason)) = sys::event::pending(self, p) {
+                    return reason;
+                }
+                continue;
+            }
             let trap = match self.take_interrupt() {
                 Ok(true) => continue,
                 Ok(false) if self.frame.cpu.activity == Activity::Halted => {
