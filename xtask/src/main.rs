@@ -1,2 +1,79 @@
 //! Repository chores: `cargo xtask <command>`.
-fn main() {}
+//!
+//! - `test`: everything CI checks: formatting, lints, tidy, all tests.
+//! - `tidy`: house rules that no compiler checks.
+
+use std::process::{Command, ExitCode};
+
+mod tidy;
+
+const USAGE: &str = "usage: cargo xtask <command>
+
+  test    formatting, lints, house rules and all tests (what CI runs)
+  quick   the same without the tests that boot whole guests
+  tidy    house rules only";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.first().map(String::as_str) {
+        Some("test") => steps(true),
+        Some("quick") => steps(false),
+        Some("tidy") => report("tidy", tidy::check()),
+        Some("--help" | "-h" | "help") | None => {
+            eprintln!("{USAGE}");
+            ExitCode::SUCCESS
+        }
+        Some(other) => {
+            eprintln!("unknown command {other:?}\n{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn report(what: &str, result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("xtask: {what} failed: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn cargo(args: &[&str]) -> Result<(), String> {
+    eprintln!("xtask: cargo {}", args.join(" "));
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(program)
+        .args(args)
+        .status()
+        .map_err(|e| format!("cannot start cargo: {e}"))?;
+    if status.success() { Ok(()) } else { Err(format!("cargo {}: {status}", args.join(" "))) }
+}
+
+/// True if `cargo <name>` is installed.
+fn has(name: &str) -> bool {
+    Command::new("cargo")
+        .args([name, "--version"])
+        .output()
+        .is_ok_and(|o| o.status.success())
+}
+
+fn steps(guests: bool) -> ExitCode {
+    let run = || -> Result<(), String> {
+        cargo(&["fmt", "--all", "--check"])?;
+        tidy::check()?;
+        cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"])?;
+        // The system tests run this binary.
+        cargo(&["build", "--quiet", "-p", "pyrite-cli"])?;
+        let mut args = if has("nextest") {
+            vec!["nextest", "run", "--workspace"]
+        } else {
+            vec!["test", "--workspace"]
+        };
+        if !guests {
+            args.extend(["--exclude", "pyrite-tests"]);
+        }
+        cargo(&args)
+    };
+    report("test", run())
+}

@@ -6,9 +6,24 @@
 //! were called before it was submitted. The caller validates nothing: offset, length and alignment
 //! are checked here and answered with [`DiskError`].
 
+// Only `io` opts in.
+#![deny(unsafe_code)]
+
 use std::sync::Arc;
 
 use pyrite_mem::GuestMemory;
+
+mod check;
+pub mod conformance;
+mod io;
+pub mod mem_disk;
+pub mod raw;
+#[cfg(test)]
+mod tests;
+
+pub use check::{MAX_TRANSFER_BYTES, check_request};
+pub use mem_disk::MemDisk;
+pub use raw::{OpenError, RawDisk};
 
 /// What is known of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,8 +10,16 @@
 
 use std::sync::Arc;
 
+pub mod conformance;
+#[cfg(target_os = "linux")]
+pub mod kvm;
+#[cfg(target_os = "linux")]
+pub mod probe;
+pub mod saved;
+
 pub use pyrite_x86 as x86;
 use pyrite_x86::CpuState;
+pub use pyrite_x86::cpuid::{CpuidEntry, CpuidTable};
 
 /// How a vCPU reaches everything outside the processor. Called on vCPU threads, concurrently.
 pub trait CpuIo: Send + Sync {
@@ -76,37 +84,6 @@ pub struct EngineCaps {
     pub tsc_khz: u64,
 }
 
-/// One CPUID leaf as the guest sees it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs, reason = "register names")]
-pub struct CpuidEntry {
-    pub leaf: u32,
-    /// Sub-leaf; meaningful if `indexed`.
-    pub subleaf: u32,
-    /// The leaf depends on ECX.
-    pub indexed: bool,
-    pub eax: u32,
-    pub ebx: u32,
-    pub ecx: u32,
-    pub edx: u32,
-}
-
-/// A CPUID table: leaves before per-vCPU fields (APIC id, topology) are filled in.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CpuidTable {
-    /// Entries, any order, at most one per (leaf, subleaf).
-    pub entries: Vec<CpuidEntry>,
-}
-
-impl CpuidTable {
-    /// The entry for a leaf and sub-leaf.
-    pub fn get(&self, leaf: u32, subleaf: u32) -> Option<&CpuidEntry> {
-        self.entries
-            .iter()
-            .find(|e| e.leaf == leaf && (!e.indexed || e.subleaf == subleaf))
-    }
-}
-
 /// What a VM is created from.
 pub struct VmConfig {
     /// Its RAM.
@@ -138,6 +115,9 @@ pub trait Vm: Send + Sync {
     /// Guest memory's page flags changed (dirty logging began or was taken): drop cached write
     /// permission in all vCPUs before returning. Only while all vCPUs are stopped.
     fn drop_write_permission(&self);
+    /// Brings pages that vCPUs wrote into `GuestMemory`'s dirty log, for engines whose log lives
+    /// elsewhere. Call before `GuestMemory::take_dirty_log`, while all vCPUs are stopped.
+    fn sync_dirty_log(&self) {}
     /// What a person may see.
     fn inspect(&self) -> pyrite_state::Inspect;
 }

@@ -302,6 +302,11 @@ impl GuestMemory {
         self.dirty_logging.store(true, Ordering::SeqCst);
     }
 
+    /// True while writes are logged.
+    pub fn dirty_logging(&self) -> bool {
+        self.dirty_logging.load(Ordering::SeqCst)
+    }
+
     /// Stops logging.
     pub fn stop_dirty_log(&self) {
         self.dirty_logging.store(false, Ordering::SeqCst);

@@ -22,6 +22,7 @@ pub mod apic;
 pub mod exception;
 pub mod frame;
 pub mod interp;
+pub mod kvmclock;
 pub mod mmu;
 pub mod signals;
 pub mod sys;

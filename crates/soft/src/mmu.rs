@@ -344,14 +344,20 @@ impl SoftVcpu {
     /// translated, all vCPUs drop those translations before any of them runs on.
     fn store_to_code_page(&mut self, ram_offset: u64, len: usize, store: impl FnOnce()) {
         let vm = std::sync::Arc::clone(&self.vm);
-        if !crate::xlate::covers(&vm, ram_offset, len) {
-            store();
+        if crate::xlate::covers(&vm, ram_offset, len) {
+            vm.exclusive(self.index, || {
+                store();
+                crate::xlate::drop_page(&vm, ram_offset);
+            });
             return;
         }
-        vm.exclusive(self.index, || {
-            store();
-            crate::xlate::drop_page(&vm, ram_offset);
-        });
+        store();
+        // A translator marks first and reads second; we store first and look second. If it read
+        // the old bytes, its mark is visible here.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if crate::xlate::covers(&vm, ram_offset, len) {
+            vm.exclusive(self.index, || crate::xlate::drop_page(&vm, ram_offset));
+        }
     }
 
     /// Host address for a read-modify-write of `len` bytes, checked as a write.
@@ -471,6 +477,8 @@ impl SoftVcpu {
         self.stats.mmio_writes += 1;
         if self.is_apic_page(gpa & !(PAGE_SIZE - 1)) {
             crate::apic::mmio_write(&self.vm, self.index, gpa & 0xfff, data);
+            // What was masked may be deliverable now.
+            self.irq_waiting = true;
         } else {
             for part in data.chunks(8).enumerate() {
                 self.vm

@@ -16,7 +16,7 @@ use crate::exception::Trap;
 use crate::frame::Frame;
 use crate::mmu::TlbNotes;
 use crate::vm::{VcpuShared, VmShared, event, lock};
-use crate::{apic, interp, sys, xlate};
+use crate::{apic, interp, kvmclock, sys, xlate};
 
 /// The frame of this vCPU.
 pub struct FrameRef(NonNull<Frame>);
@@ -118,6 +118,7 @@ impl SoftVcpu {
         self.shared()
             .apic
             .restore(&state.apic, state.msrs.apic_base);
+        self.shared().apic.set_tsc_adjust(state.msrs.tsc_adjust);
         self.irq_waiting = true;
         self.flush_tlb(false);
     }
@@ -211,7 +212,12 @@ impl SoftVcpu {
 
     fn run_loop(&mut self) -> StopReason {
         loop {
-            if self.shared().events.load(Ordering::SeqCst) != 0
+            // The exit request may be left over from an event that was withdrawn; taking events
+            // clears it, else translated code would leave at once, for ever.
+            let me = self.shared();
+            let wanted = me.events.load(Ordering::SeqCst)
+                | me.frame.exit_request().load(Ordering::SeqCst);
+            if wanted != 0
                 && let Some(reason) = self.take_events()
             {
                 return reason;
@@ -264,7 +270,10 @@ impl Vcpu for SoftVcpu {
     fn run(&mut self) -> StopReason {
         let vm = Arc::clone(&self.vm);
         xlate::prepare_thread();
+        apic::sleep_precisely();
         self.shared().enter_guest(&vm);
+        // Guest time may have stood still since the last run.
+        kvmclock::refresh(self);
         let reason = self.run_loop();
         self.shared().leave_guest();
         reason

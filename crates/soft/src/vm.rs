@@ -41,6 +41,8 @@ pub struct SoftOptions {
     pub link: bool,
     /// Most guest instructions of a block.
     pub block_insns_max: usize,
+    /// Keep even flags exact that no later instruction reads, at every memory access.
+    pub precise_flags: bool,
     /// Size of the code cache per vCPU, in bytes.
     pub code_cache_bytes: usize,
 }
@@ -51,6 +53,7 @@ impl Default for SoftOptions {
             translate: true,
             link: true,
             block_insns_max: 64,
+            precise_flags: false,
             code_cache_bytes: 16 << 20,
         }
     }
@@ -136,20 +139,72 @@ pub struct VmShared {
     pub pic_intr: AtomicBool,
     /// Held by the vCPU that made the others stand still.
     pub exclusive: Mutex<()>,
-    /// The vCPU inside an exclusive section, `u32::MAX` = none: sections of one vCPU nest.
+    /// The vCPU that is exclusive now, plus 1; 0 = none.
     pub exclusive_owner: AtomicU32,
     /// Counts exclusive sections, for statistics.
     pub exclusive_count: AtomicU64,
+    /// What has been translated.
+    pub code_map: crate::xlate::CodeMap,
 }
 
 impl VmShared {
+    /// What the vCPUs of a new VM share; nothing runs yet.
+    pub(crate) fn new(
+        config: VmConfig,
+        options: SoftOptions,
+    ) -> Result<Arc<VmShared>, EngineError> {
+        let os = |source| EngineError::Os {
+            what: "cannot map a vCPU frame".to_owned(),
+            source,
+        };
+        let mut vcpus = Vec::new();
+        for n in 0..config.vcpus {
+            vcpus.push(VcpuShared {
+                events: AtomicU32::new(0),
+                sipi_vector: AtomicU32::new(0),
+                stale_pages: Mutex::new(Some(Vec::new())),
+                apic: Apic::new(n),
+                frame: FrameMapping::new().map_err(os)?,
+                in_guest: AtomicBool::new(false),
+                parked: Mutex::new(false),
+                wake: Condvar::new(),
+            });
+        }
+        let tsc_khz = crate::apic::host_tsc_khz();
+        let maxphyaddr = config
+            .cpuid
+            .get(0x8000_0008, 0)
+            .map_or(40, |e| (e.eax & 0xff) as u8)
+            .clamp(36, 52);
+        let code_map = crate::xlate::CodeMap::new(&config.memory);
+        let shared = Arc::new(VmShared {
+            memory: config.memory,
+            io: config.io,
+            clock: config.clock,
+            cpuid: config.cpuid,
+            tsc_offset: AtomicI64::new(crate::apic::initial_tsc_offset()),
+            tsc_khz,
+            maxphyaddr,
+            options,
+            vcpus,
+            pic_intr: AtomicBool::new(false),
+            exclusive: Mutex::new(()),
+            exclusive_owner: AtomicU32::new(0),
+            exclusive_count: AtomicU64::new(0),
+            code_map,
+        });
+        shared
+            .memory
+            .set_code_listener(Box::new(StaleCode(Arc::downgrade(&shared))));
+        Ok(shared)
+    }
+
     /// Runs `f` while no other vCPU executes guest code or touches guest memory.
     ///
     /// The calling vCPU must have `in_guest` set; it is cleared while waiting for the gate, so two
     /// vCPUs that ask at once take turns.
     pub fn exclusive<R>(&self, me: u32, f: impl FnOnce() -> R) -> R {
-        // A locked store to a code page nests: the section is ours already.
-        if self.vcpus.len() == 1 || self.exclusive_owner.load(Ordering::SeqCst) == me {
+        if self.vcpus.len() == 1 || self.exclusive_owner.load(Ordering::SeqCst) == me + 1 {
             return f();
         }
         let mine = &self.vcpus[me as usize];
@@ -173,9 +228,9 @@ impl VmShared {
                 }
             }
         }
-        self.exclusive_owner.store(me, Ordering::SeqCst);
+        self.exclusive_owner.store(me + 1, Ordering::SeqCst);
         let r = f();
-        self.exclusive_owner.store(u32::MAX, Ordering::SeqCst);
+        self.exclusive_owner.store(0, Ordering::SeqCst);
         for v in &self.vcpus {
             v.events.fetch_and(!event::EXCLUSIVE, Ordering::SeqCst);
         }
@@ -243,48 +298,10 @@ impl SoftVm {
         config: VmConfig,
         options: SoftOptions,
     ) -> Result<Arc<SoftVm>, EngineError> {
-        let os = |source| EngineError::Os {
-            what: "cannot map a vCPU frame".to_owned(),
-            source,
-        };
-        let mut vcpus = Vec::new();
-        for n in 0..config.vcpus {
-            vcpus.push(VcpuShared {
-                events: AtomicU32::new(0),
-                sipi_vector: AtomicU32::new(0),
-                stale_pages: Mutex::new(Some(Vec::new())),
-                apic: Apic::new(n),
-                frame: FrameMapping::new().map_err(os)?,
-                in_guest: AtomicBool::new(false),
-                parked: Mutex::new(false),
-                wake: Condvar::new(),
-            });
-        }
-        let tsc_khz = crate::apic::host_tsc_khz();
-        let maxphyaddr = config
-            .cpuid
-            .get(0x8000_0008, 0)
-            .map_or(40, |e| (e.eax & 0xff) as u8)
-            .clamp(36, 52);
-        let shared = Arc::new(VmShared {
-            memory: config.memory,
-            io: config.io,
-            clock: config.clock,
-            cpuid: config.cpuid,
-            tsc_offset: AtomicI64::new(crate::apic::initial_tsc_offset()),
-            tsc_khz,
-            maxphyaddr,
-            options,
-            vcpus,
-            pic_intr: AtomicBool::new(false),
-            exclusive: Mutex::new(()),
-            exclusive_owner: AtomicU32::new(u32::MAX),
-            exclusive_count: AtomicU64::new(0),
-        });
-        shared
-            .memory
-            .set_code_listener(Box::new(StaleCode(Arc::downgrade(&shared))));
-        let vcpus = (0..config.vcpus)
+        let count = config.vcpus;
+        let shared = VmShared::new(config, options)?;
+        let tsc_khz = shared.tsc_khz;
+        let vcpus = (0..count)
             .map(|n| SoftVcpu::new(Arc::clone(&shared), n).map(|v| Some(Box::new(v))))
             .collect::<Result<Vec<_>, _>>()?;
         crate::apic::start_timer_thread(&shared)?;
@@ -346,7 +363,10 @@ impl Vm for SoftVm {
         crate::apic::deliver_msi(&self.shared, addr, data);
     }
     fn set_pic_intr(&self, level: bool) {
-        self.shared.pic_intr.store(level, Ordering::SeqCst);
+        let was = self.shared.pic_intr.swap(level, Ordering::SeqCst);
+        if level && !was {
+            crate::apic::lint0_edge(&self.shared);
+        }
         if level && let Some(v) = self.shared.vcpus.first() {
             v.raise(event::INTERRUPT);
         }

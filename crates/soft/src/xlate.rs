@@ -1,64 +1,610 @@
-//! The translator.
+//! The translator: a cache of the interpreter.
+//!
+//! Guest code is translated a block at a time, within one page, by copying its instructions with
+//! registers renamed and memory operands replaced ([`front`]); blocks live in a per-vCPU cache
+//! ([`cache`]) and jump to each other directly within a page and through a jump cache otherwise.
+//! What the translator does not do itself, an exit hands to the interpreter, one instruction at a
+//! time. Dropping all translations at any moment is correct.
+//!
+//! # Who may write where
+//!
+//! A page that code was translated from has `PAGE_CODE` and a bit per 64 bytes in [`CodeMap`]. No
+//! soft TLB holds a write entry for it. A store goes through `mmu`, and if it hits a translated
+//! part, all vCPUs stand still while the store is done and the page's translations are declared
+//! stale; each vCPU drops its own before it runs on.
+
+// UNSAFETY: enters emitted code and is called back from it.
+#![allow(unsafe_code, reason = "runs emitted code")]
+
+mod cache;
+mod emit;
+mod front;
+mod layout;
+mod stubs;
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pyrite_engine::EngineError;
+use pyrite_mem::{GuestMemory, PAGE_CODE, PAGE_SIZE, PAGE_WRITE_CACHED};
+use pyrite_x86::bits::{cr0, cr4, efer, rflags};
+use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
+use self::cache::{BlockKey, Cache};
+use self::front::{Front, HostFeatures};
+pub use self::layout::FrameArea;
+use self::layout::{JC_ENTRIES, JC_MASK, reason};
 use crate::exception::Trap;
+use crate::frame::{Frame, TLB_ENTRIES, VIEWS, View, empty_tag};
+use crate::interp;
+use crate::mmu::Priv;
 use crate::vcpu::{FrameRef, SoftVcpu};
-use crate::vm::VmShared;
+use crate::vm::{VmShared, event, lock};
 
-/// Scratch space of emitted code.
-#[repr(C)]
-pub struct FrameArea {
-    scratch: [u64; 8],
+/// Bits of the mode word of a block's key: all that changes what the same bytes mean.
+mod mode {
+    /// The [`super::View`] of data accesses.
+    pub const VIEW: u32 = 3;
+    /// 64-bit code; else flat 32-bit code.
+    pub const CODE64: u32 = 1 << 2;
+    /// x87 and MMX instructions execute.
+    pub const X87: u32 = 1 << 3;
+    /// SSE instructions execute.
+    pub const SSE: u32 = 1 << 4;
+    /// AVX instructions execute.
+    pub const AVX: u32 = 1 << 5;
+    /// AVX-512 instructions execute.
+    pub const AVX512: u32 = 1 << 6;
+    /// FS is usable without a limit check (32-bit code).
+    pub const FS_FLAT: u32 = 1 << 7;
+    /// GS likewise.
+    pub const GS_FLAT: u32 = 1 << 8;
+}
+
+/// Which 64-byte parts of each page of RAM have been translated by any vCPU.
+pub struct CodeMap(Box<[AtomicU64]>);
+
+impl CodeMap {
+    /// Nothing translated.
+    pub fn new(memory: &GuestMemory) -> CodeMap {
+        let pages = (memory.size_bytes() / PAGE_SIZE) as usize;
+        CodeMap((0..pages).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn page(&self, ram_offset: u64) -> Option<&AtomicU64> {
+        self.0.get((ram_offset / PAGE_SIZE) as usize)
+    }
+}
+
+/// Bits of the 64-byte parts that `len` bytes at page offset `at` touch.
+fn parts(at: u64, len: usize) -> u64 {
+    let first = (at & (PAGE_SIZE - 1)) / 64;
+    let last = ((at & (PAGE_SIZE - 1)) + len.max(1) as u64 - 1).min(PAGE_SIZE - 1) / 64;
+    (u64::MAX << first) & (u64::MAX >> (63 - last))
+}
+
+/// Counters of the translator, for `inspect` and benchmarks.
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs, reason = "named by what they count")]
+pub struct XlateStats {
+    pub blocks: u64,
+    pub guest_insns: u64,
+    pub enters: u64,
+    pub lookups: u64,
+    pub links: u64,
+    pub polls: u64,
+    pub interpreted: u64,
+    pub slow_memory: u64,
+    pub signals: u64,
+    pub stale_pages: u64,
 }
 
 /// The translator of one vCPU.
-pub struct Translator {}
+pub struct Translator {
+    cache: Cache,
+    host: HostFeatures,
+    /// Views whose jump cache holds something.
+    jumps_dirty: [bool; VIEWS],
+    /// Blocks that must poll at their entry because a backward jump leads there.
+    must_poll: std::collections::HashSet<BlockKey>,
+    /// Counters.
+    pub stats: XlateStats,
+}
 
 impl Translator {
-    /// Empty.
+    /// An empty translator.
     pub fn new(vm: &VmShared, frame: &mut FrameRef) -> Result<Translator, EngineError> {
-        let _ = (vm, frame);
-        Ok(Translator {})
+        let cache = Cache::new(vm.options.code_cache_bytes).map_err(|source| EngineError::Os {
+            what: "cannot map the code cache".to_owned(),
+            source,
+        })?;
+        let x = &mut frame.xlate;
+        x.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;
+        x.jc_mask = JC_MASK;
+        x.xsave_mask = host_xsave_mask();
+        x.mxcsr_host = 0x1f80;
+        x.stub_exit = stubs::exit as *const () as u64;
+        x.stub_miss = stubs::miss as *const () as u64;
+        x.stub_slow = stubs::slow as *const () as u64;
+        x.stub_fpu = stubs::fpu_load as *const () as u64;
+        for jc in &mut x.jump_cache {
+            jc.fill(stubs::miss as *const () as u64);
+        }
+        Ok(Translator {
+            cache,
+            host: HostFeatures { bmi2: fast_pext() },
+            jumps_dirty: [false; VIEWS],
+            must_poll: std::collections::HashSet::new(),
+            stats: XlateStats::default(),
+        })
     }
+
+    /// Bytes of emitted code now.
+    pub fn code_bytes(&self) -> usize {
+        self.cache.used()
+    }
+
+    /// How often the cache was emptied because it was full.
+    pub fn flushes(&self) -> u64 {
+        self.cache.flushes
+    }
+}
+
+/// PEXT exists and is not microcoded (AMD before family 19H).
+fn fast_pext() -> bool {
+    if !std::arch::is_x86_feature_detected!("bmi2") {
+        return false;
+    }
+    let vendor = std::arch::x86_64::__cpuid(0);
+    let amd = vendor.ebx == u32::from_le_bytes(*b"Auth");
+    let sig = std::arch::x86_64::__cpuid(1).eax;
+    let family = (sig >> 8 & 0xf) + (sig >> 20 & 0xff);
+    !amd || family >= 0x19
+}
+
+/// User state components that the host has enabled and the engine keeps for guests: x87, SSE,
+/// AVX, AVX-512.
+pub fn host_xsave_mask() -> u32 {
+    // SAFETY: XGETBV is there wherever OSXSAVE is, and every x86-64-v2+ Linux host sets it; the
+    // feature test below guards it.
+    let xcr0 = if std::arch::is_x86_feature_detected!("xsave") {
+        unsafe { std::arch::x86_64::_xgetbv(0) }
+    } else {
+        3
+    };
+    (xcr0 & 0xe7) as u32
+}
+
+/// The mode word of the current state, if the translator handles the mode.
+fn mode_of(v: &SoftVcpu) -> Option<u32> {
+    let c = &v.frame.cpu;
+    if c.cr0 & cr0::PE == 0 || c.rflags & (rflags::VM | rflags::TF) != 0 || c.dr[7] & 0xff != 0 {
+        return None;
+    }
+    if matches!(c.cpl(), 1 | 2) {
+        return None;
+    }
+    let mut m = v.view(Priv::Current) as u32;
+    if c.efer & efer::LMA != 0 && c.seg[sreg::CS].l() {
+        m |= mode::CODE64;
+    } else {
+        let flat = |s: &Segment| s.base == 0 && s.limit == u32::MAX && !s.unusable();
+        let writable = |s: &Segment| s.ty() & 0xa == 2 && s.ty() & 4 == 0;
+        let (cs, ss) = (&c.seg[sreg::CS], &c.seg[sreg::SS]);
+        let data_ok = [sreg::DS, sreg::ES]
+            .iter()
+            .all(|&n| flat(&c.seg[n]) && writable(&c.seg[n]));
+        if !cs.db() || !flat(cs) || !flat(ss) || !ss.db() || !writable(ss) || !data_ok {
+            return None;
+        }
+        // A CS override reads through CS: it must be readable.
+        if cs.ty() & 2 == 0 {
+            return None;
+        }
+        for (n, bit) in [(sreg::FS, mode::FS_FLAT), (sreg::GS, mode::GS_FLAT)] {
+            let s = &c.seg[n];
+            if s.limit == u32::MAX && !s.unusable() && writable(s) {
+                m |= bit;
+            }
+        }
+    }
+    if c.cr0 & (cr0::EM | cr0::TS) == 0 {
+        m |= mode::X87;
+        if c.cr4 & cr4::OSFXSR != 0 {
+            m |= mode::SSE;
+        }
+        if c.cr4 & cr4::OSXSAVE != 0 {
+            if c.xcr0 & 6 == 6 {
+                m |= mode::AVX;
+            }
+            if c.xcr0 & 0xe6 == 0xe6 {
+                m |= mode::AVX512;
+            }
+        }
+    }
+    Some(m)
 }
 
 /// True if the current mode is one that the translator handles.
 pub fn can_run(v: &SoftVcpu) -> bool {
-    let _ = v;
-    false
+    v.frame.cpu.interrupt_shadow == InterruptShadow::None && mode_of(v).is_some()
+}
+
+thread_local! {
+    /// The frame and the executable range of the vCPU that runs on this thread, for the signal
+    /// handler.
+    static RUNNING: Cell<(u64, u64, u64)> = const { Cell::new((0, 0, 0)) };
+}
+
+/// Signal handlers for the calling thread.
+pub fn prepare_thread() {
+    crate::signals::install_signal_handlers();
+    crate::signals::set_translator_hook(on_signal);
+}
+
+/// A signal in translated code becomes an exit; RSP is the frame there, by construction.
+fn on_signal(_signal: i32, context: &mut libc::ucontext_t) -> bool {
+    let (frame, start, end) = RUNNING.get();
+    let regs = &mut context.uc_mcontext.gregs;
+    let rip = regs[libc::REG_RIP as usize] as u64;
+    if frame == 0 || !(start..end).contains(&rip) || regs[libc::REG_RSP as usize] as u64 != frame {
+        return false;
+    }
+    // SAFETY: RUNNING holds the frame of the vCPU on this thread, which was interrupted in
+    // emitted code, so no Rust reference to it is in use.
+    unsafe { (*(frame as *mut Frame)).xlate.fault_rip = rip };
+    regs[libc::REG_RIP as usize] = stubs::signal_exit as *const () as i64;
+    true
+}
+
+/// Called by the slow stub on a soft-TLB miss. 0 = try again, 1 = leave translated code.
+unsafe extern "sysv64" fn slow_memory(frame: *mut Frame, lin: u64, desc: u32) -> u32 {
+    // SAFETY: `run` stored the vCPU's address and does not touch it while translated code runs.
+    let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
+    v.xlate.stats.slow_memory += 1;
+    let size = (desc & 0xff) as usize;
+    let write = desc & 0x100 != 0;
+    let view = match desc >> 16 & 3 {
+        0 => View::Supervisor,
+        1 => View::SupervisorSmap,
+        _ => View::User,
+    };
+    // A non-canonical address and every fault are left to the interpreter, which knows the exact
+    // exception of the instruction.
+    if (!v.long64() || v.canonical(lin)) && v.refill(lin, size, write, view) == Ok(true) {
+        return 0;
+    }
+    v.frame.xlate.reason = reason::INTERPRET;
+    1
+}
+
+/// True when the run loop has something to do before more guest code runs.
+fn run_loop_wanted(v: &SoftVcpu) -> bool {
+    let c = &v.frame.cpu;
+    v.shared().events.load(Ordering::SeqCst) != 0
+        || c.activity != Activity::Running
+        || c.interrupt_shadow != InterruptShadow::None
+        || (v.irq_waiting && c.rflags & rflags::IF != 0)
+        || (c.nmi_pending && !c.nmi_blocked)
 }
 
 /// Runs translated code until something needs the run loop.
 pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
-    crate::interp::step(v)
+    loop {
+        let Some(m) = mode_of(v) else { return Ok(()) };
+        let linear_rip = v.frame.cpu.rip;
+        let gpa = match v.fetch_gpa(linear_rip) {
+            Ok(g) if v.canonical(linear_rip) || m & mode::CODE64 == 0 => g,
+            // The interpreter raises the fetch's exception.
+            _ => return interp::step(v),
+        };
+        let key = BlockKey {
+            gpa,
+            rip: linear_rip,
+            mode: m,
+        };
+        let Some(id) = find_or_translate(v, key) else {
+            interp::step(v)?;
+            if run_loop_wanted(v) {
+                return Ok(());
+            }
+            continue;
+        };
+        let b = &v.xlate.cache.blocks[id as usize];
+        let (entry, checked) = (b.entry, b.checked_entry);
+        if b.interpret_first {
+            v.xlate.stats.interpreted += 1;
+            interp::step(v)?;
+            if run_loop_wanted(v) {
+                return Ok(());
+            }
+            continue;
+        }
+        // The jump cache is what makes the look-up worth while for indirect and far jumps.
+        let view = (m & mode::VIEW) as usize;
+        let base = v.xlate.cache.base();
+        let slot = (linear_rip as usize) & (JC_ENTRIES - 1);
+        v.frame.xlate.jump_cache[view][slot] = base + u64::from(checked);
+        v.xlate.jumps_dirty[view] = true;
+        v.frame.xlate.target = base + u64::from(entry);
+        enter(v);
+        match v.frame.xlate.reason {
+            reason::LINK => link(v, m),
+            reason::LOOKUP => v.xlate.stats.lookups += 1,
+            reason::POLL => {
+                v.xlate.stats.polls += 1;
+                return Ok(());
+            }
+            reason::SIGNAL => {
+                locate_signal(v)?;
+                v.xlate.stats.interpreted += 1;
+                interp::step(v)?;
+            }
+            _ => {
+                v.xlate.stats.interpreted += 1;
+                interp::step(v)?;
+            }
+        }
+        if run_loop_wanted(v) {
+            return Ok(());
+        }
+    }
 }
 
-/// Signal handlers for the calling thread.
-pub fn prepare_thread() {}
+/// Arithmetic flags to and from LAHF form.
+fn flags_to_lahf(f: u64) -> u64 {
+    (f & 0xd5 | 2) << 8 | (f >> 11 & 1)
+}
+
+fn flags_from_lahf(l: u64) -> u64 {
+    (l >> 8 & 0xd5) | (l & 1) << 11
+}
+
+fn enter(v: &mut SoftVcpu) {
+    v.xlate.stats.enters += 1;
+    let frame: *mut Frame = &raw mut *v.frame;
+    let base = v.xlate.cache.base();
+    RUNNING.set((
+        frame as u64,
+        base,
+        base + v.vm.options.code_cache_bytes as u64,
+    ));
+    let me: *mut SoftVcpu = v;
+    // SAFETY: the frame is this vCPU's; target is a live entry of its cache; while the code runs
+    // only `slow_memory` uses the vCPU, through the pointer stored here.
+    unsafe {
+        (*frame).xlate.vcpu = me as u64;
+        (*frame).xlate.irq_waiting = u32::from((*me).irq_waiting);
+        (*frame).xlate.flags = flags_to_lahf((*frame).cpu.rflags);
+        stubs::enter(frame);
+        let c = &mut (*frame).cpu;
+        c.rflags = (c.rflags & !rflags::ARITH) | flags_from_lahf((*frame).xlate.flags);
+    }
+    RUNNING.set((0, 0, 0));
+}
+
+/// Sets RIP to the guest instruction whose emitted code raised a signal.
+fn locate_signal(v: &mut SoftVcpu) -> Result<(), Trap> {
+    v.xlate.stats.signals += 1;
+    let at = v.frame.xlate.fault_rip;
+    let cache = &v.xlate.cache;
+    let found = cache.block_at(at).and_then(|b| {
+        let off = (at - cache.base()) as u32 - b.start;
+        let n = b.map.partition_point(|(h, _)| *h <= off);
+        b.map
+            .get(n.checked_sub(1)?)
+            .map(|(_, g)| b.key.rip.wrapping_add(u64::from(*g)))
+    });
+    match found {
+        Some(rip) => {
+            v.frame.cpu.rip = rip;
+            Ok(())
+        }
+        None => Err(Trap::Stop(pyrite_engine::StopReason::Failed(
+            EngineError::Internal(format!(
+                "a host signal at {at:#x} belongs to no translated block"
+            )),
+        ))),
+    }
+}
+
+/// Links the exit that was just taken to its target, if it can be found or made.
+fn link(v: &mut SoftVcpu, m: u32) {
+    let x = v.frame.xlate.link;
+    let Some(exit) = v.xlate.cache.exits.get(x as usize).cloned() else {
+        return;
+    };
+    let owner = &v.xlate.cache.blocks[exit.owner as usize];
+    if owner.dead {
+        return;
+    }
+    // Same page, same mapping, same mode: the physical address follows from the owner's.
+    let gpa = (owner.key.gpa & !0xfff) | (exit.target & 0xfff);
+    let key = BlockKey {
+        gpa,
+        rip: exit.target,
+        mode: m,
+    };
+    let backward = exit.target <= owner.key.rip.wrapping_add(u64::from(owner.guest_len));
+    let flushes = v.xlate.cache.flushes;
+    let Some(mut to) = find_or_translate(v, key) else {
+        return;
+    };
+    if backward && !v.xlate.cache.blocks[to as usize].polls {
+        // Every loop must notice the exit request: translate the target again, polling.
+        v.xlate.must_poll.insert(key);
+        v.xlate.cache.kill(to);
+        forget_jumps(v);
+        match find_or_translate(v, key) {
+            Some(t) => to = t,
+            None => return,
+        }
+    }
+    if v.xlate.cache.flushes == flushes {
+        v.xlate.stats.links += 1;
+        v.xlate.cache.link(x, to);
+    }
+}
+
+/// The block for a key, translated now if need be. `None`: not RAM.
+fn find_or_translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
+    if let Some(id) = v.xlate.cache.find(&key) {
+        return Some(id);
+    }
+    translate(v, key)
+}
+
+/// Most bytes of host code of a block; a cache with less room than this is emptied first.
+const BLOCK_CODE_MAX: usize = 128 * 1024;
+
+/// Most guest bytes of a block.
+const GUEST_BYTES_MAX: usize = 1024;
+
+fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
+    let vm = std::sync::Arc::clone(&v.vm);
+    let page_gpa = key.gpa & !(PAGE_SIZE - 1);
+    let page_off = vm.memory.ram_offset(page_gpa, PAGE_SIZE)?;
+    protect(v, page_off);
+    let at = (key.gpa & (PAGE_SIZE - 1)) as usize;
+    let mut bytes = [0u8; GUEST_BYTES_MAX];
+    let bytes = &mut bytes[..GUEST_BYTES_MAX.min(PAGE_SIZE as usize - at)];
+    vm.memory.read(key.gpa, bytes).ok()?;
+    if !v
+        .xlate
+        .cache
+        .fits(BLOCK_CODE_MAX.min(vm.options.code_cache_bytes / 2))
+    {
+        drop_everything(v);
+    }
+    let force_poll = v.xlate.must_poll.contains(&key);
+    let start = v.xlate.cache.free_at();
+    let base = v.xlate.cache.base() + start as u64;
+    let first_exit = v.xlate.cache.exits.len() as u32;
+    let interp = &v.interp;
+    let mut t = Front::translate(
+        bytes,
+        key,
+        base,
+        first_exit,
+        force_poll,
+        &|i| interp.allows(i),
+        &vm.options,
+        v.xlate.host,
+    );
+    // Mark first, then look whether the bytes are still those that were translated: a store that
+    // came before the mark is seen here, a later one sees the mark.
+    let len = (t.block.guest_len as usize).min(bytes.len());
+    vm.code_map
+        .page(page_off)?
+        .fetch_or(parts(at as u64, len), Ordering::SeqCst);
+    let mut again = [0u8; GUEST_BYTES_MAX];
+    vm.memory.read(key.gpa, &mut again[..len]).ok()?;
+    if again[..len] != bytes[..len] {
+        return None;
+    }
+    if !v.xlate.cache.fits(t.code.len()) {
+        return None;
+    }
+    let start = start as u32;
+    t.block.start = start;
+    t.block.end += start;
+    t.block.entry += start;
+    t.block.checked_entry += start;
+    v.xlate.stats.blocks += 1;
+    v.xlate.stats.guest_insns += u64::from(t.block.insns);
+    v.xlate.cache.append(&t.code);
+    let id = v.xlate.cache.insert(t.block);
+    for mut x in t.exits {
+        x.patch_at += start;
+        x.stub_at += start;
+        x.owner = id;
+        v.xlate.cache.exits.push(x);
+    }
+    Some(id)
+}
+
+/// Marks a page as holding translated code and takes write entries for it out of all soft TLBs.
+fn protect(v: &mut SoftVcpu, page_off: u64) {
+    let vm = std::sync::Arc::clone(&v.vm);
+    let flags = vm.memory.page_flags(page_off);
+    flags.fetch_or(PAGE_CODE, Ordering::SeqCst);
+    if flags.load(Ordering::SeqCst) & PAGE_WRITE_CACHED == 0 {
+        return;
+    }
+    let host = vm.memory.host_base() as u64 + page_off;
+    vm.exclusive(v.index, || {
+        for other in &vm.vcpus {
+            // SAFETY: all vCPUs but this one stand still outside guest code (exclusive), and this
+            // one holds no reference into its frame here.
+            let frame = unsafe { &mut *other.frame.frame_ptr() };
+            for t in &mut frame.tlb {
+                for n in 0..TLB_ENTRIES {
+                    if t.host[n] == host {
+                        t.write[n] = empty_tag(n);
+                    }
+                }
+            }
+        }
+        flags.fetch_and(!PAGE_WRITE_CACHED, Ordering::SeqCst);
+    });
+}
 
 /// Forgets targets of indirect jumps.
 pub fn forget_jumps(v: &mut SoftVcpu) {
-    let _ = v;
+    let miss = stubs::miss as *const () as u64;
+    for n in 0..VIEWS {
+        if std::mem::replace(&mut v.xlate.jumps_dirty[n], false) {
+            v.frame.xlate.jump_cache[n].fill(miss);
+        }
+    }
 }
 
 /// True if a translation was made from any of these bytes of RAM.
 pub fn covers(vm: &VmShared, ram_offset: u64, len: usize) -> bool {
-    let _ = (vm, ram_offset, len);
-    false
+    vm.code_map
+        .page(ram_offset)
+        .is_some_and(|m| m.load(Ordering::SeqCst) & parts(ram_offset, len) != 0)
 }
 
 /// Tells all vCPUs to drop the translations of a page. Inside an exclusive section.
 pub fn drop_page(vm: &VmShared, ram_offset: u64) {
-    let _ = (vm, ram_offset);
+    let page = ram_offset & !(PAGE_SIZE - 1);
+    if let Some(m) = vm.code_map.page(page) {
+        m.store(0, Ordering::SeqCst);
+    }
+    vm.memory
+        .page_flags(page)
+        .fetch_and(!PAGE_CODE, Ordering::SeqCst);
+    let Some(gpa) = vm.memory.gpa_of_offset(page) else {
+        return;
+    };
+    for v in &vm.vcpus {
+        if let Some(p) = lock(&v.stale_pages).as_mut() {
+            p.push(gpa);
+        }
+        v.raise(event::STALE_CODE);
+    }
 }
 
 /// Drops this vCPU's translations of some guest-physical pages (`None` = all).
 pub fn drop_stale(v: &mut SoftVcpu, pages: Option<Vec<u64>>) {
-    let _ = (v, pages);
+    let Some(pages) = pages else {
+        drop_everything(v);
+        return;
+    };
+    let mut any = false;
+    for p in pages {
+        v.xlate.stats.stale_pages += 1;
+        any |= v.xlate.cache.kill_page(p & !(PAGE_SIZE - 1));
+    }
+    if any {
+        forget_jumps(v);
+    }
 }
 
 /// Drops all translations of this vCPU.
 pub fn drop_everything(v: &mut SoftVcpu) {
-    let _ = v;
+    v.xlate.cache.clear();
+    v.xlate.must_poll.clear();
+    forget_jumps(v);
 }

@@ -24,6 +24,16 @@ pub trait MmioDevice: Send {
     fn mmio_write(&mut self, offset: u64, data: &[u8]);
 }
 
+/// Decodes a range of a bus further (PCI windows) or locks by itself (interrupt controllers).
+///
+/// Unlike a device it is called without a lock, by many threads at once.
+pub trait AddressDecoder: Send + Sync {
+    /// Load or IN at the absolute address. `data` is filled with FFH before the call.
+    fn read(&self, addr: u64, data: &mut [u8]);
+    /// Store or OUT.
+    fn write(&self, addr: u64, data: &[u8]);
+}
+
 /// A range on a bus is taken.
 #[derive(Debug, thiserror::Error)]
 #[error("range {start:#x}+{len:#x} ({name}) overlaps {other}")]
@@ -38,11 +48,25 @@ pub struct BusOverlap {
     pub other: String,
 }
 
+enum Target<D: ?Sized> {
+    Device(Arc<Mutex<D>>),
+    Decoder(Arc<dyn AddressDecoder>),
+}
+
+impl<D: ?Sized> Clone for Target<D> {
+    fn clone(&self) -> Self {
+        match self {
+            Target::Device(d) => Target::Device(Arc::clone(d)),
+            Target::Decoder(d) => Target::Decoder(Arc::clone(d)),
+        }
+    }
+}
+
 struct Entry<D: ?Sized> {
     start: u64,
     last: u64,
     name: String,
-    device: Arc<Mutex<D>>,
+    target: Target<D>,
 }
 
 impl<D: ?Sized> Clone for Entry<D> {
@@ -51,7 +75,7 @@ impl<D: ?Sized> Clone for Entry<D> {
             start: self.start,
             last: self.last,
             name: self.name.clone(),
-            device: Arc::clone(&self.device),
+            target: self.target.clone(),
         }
     }
 }
@@ -79,6 +103,27 @@ impl<D: ?Sized> Bus<D> {
         len: u64,
         name: &str,
         device: Arc<Mutex<D>>,
+    ) -> Result<(), BusOverlap> {
+        self.insert_target(start, len, name, Target::Device(device))
+    }
+
+    /// Puts a decoder at `start..start+len`, under the same conditions.
+    pub fn insert_decoder(
+        &self,
+        start: u64,
+        len: u64,
+        name: &str,
+        decoder: Arc<dyn AddressDecoder>,
+    ) -> Result<(), BusOverlap> {
+        self.insert_target(start, len, name, Target::Decoder(decoder))
+    }
+
+    fn insert_target(
+        &self,
+        start: u64,
+        len: u64,
+        name: &str,
+        target: Target<D>,
     ) -> Result<(), BusOverlap> {
         let _guard = lock(&self.writer);
         let overlap = |other: &str| BusOverlap {
@@ -109,19 +154,34 @@ impl<D: ?Sized> Bus<D> {
                 start,
                 last,
                 name: name.to_owned(),
-                device,
+                target,
             },
         );
         self.map.store(Arc::new(map));
         Ok(())
     }
 
-    /// The device at `addr`, with the offset into its range and the bytes left in it.
+    /// The device at `addr`, with the offset into its range and the bytes left in it. `None` too
+    /// if the address belongs to a decoder.
     pub fn find(&self, addr: u64) -> Option<(Arc<Mutex<D>>, u64, u64)> {
+        match self.find_target(addr)? {
+            (Target::Device(d), offset, left) => Some((d, offset, left)),
+            (Target::Decoder(_), ..) => None,
+        }
+    }
+
+    fn find_target(&self, addr: u64) -> Option<(Target<D>, u64, u64)> {
         let map = self.map.load();
         let at = map.partition_point(|e| e.start <= addr);
         let e = map.get(at.checked_sub(1)?)?;
-        (addr <= e.last).then(|| (Arc::clone(&e.device), addr - e.start, e.last - addr + 1))
+        // `last - addr` cannot overflow by the addition: a range of 2^64 bytes does not exist.
+        (addr <= e.last).then(|| {
+            (
+                e.target.clone(),
+                addr - e.start,
+                (e.last - addr).saturating_add(1),
+            )
+        })
     }
 
     /// Names and ranges (first and last address), ascending.
@@ -138,14 +198,18 @@ impl Bus<dyn PioDevice> {
     /// IN: fills `data` (1, 2 or 4 bytes).
     pub fn read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
-        if let Some((d, _, _)) = self.find(u64::from(port)) {
-            lock(&d).pio_read(port, data);
+        match self.find_target(u64::from(port)) {
+            Some((Target::Device(d), ..)) => lock(&d).pio_read(port, data),
+            Some((Target::Decoder(d), ..)) => d.read(u64::from(port), data),
+            None => {}
         }
     }
     /// OUT.
     pub fn write(&self, port: u16, data: &[u8]) {
-        if let Some((d, _, _)) = self.find(u64::from(port)) {
-            lock(&d).pio_write(port, data);
+        match self.find_target(u64::from(port)) {
+            Some((Target::Device(d), ..)) => lock(&d).pio_write(port, data),
+            Some((Target::Decoder(d), ..)) => d.write(u64::from(port), data),
+            None => {}
         }
     }
 }
@@ -154,16 +218,22 @@ impl Bus<dyn MmioDevice> {
     /// Load. Bytes past the end of a device read as FFH.
     pub fn read(&self, addr: u64, data: &mut [u8]) {
         data.fill(0xff);
-        if let Some((d, off, left)) = self.find(addr) {
+        if let Some((target, off, left)) = self.find_target(addr) {
             let n = data.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            lock(&d).mmio_read(off, &mut data[..n]);
+            match target {
+                Target::Device(d) => lock(&d).mmio_read(off, &mut data[..n]),
+                Target::Decoder(d) => d.read(addr, &mut data[..n]),
+            }
         }
     }
     /// Store. Bytes past the end of a device are dropped.
     pub fn write(&self, addr: u64, data: &[u8]) {
-        if let Some((d, off, left)) = self.find(addr) {
+        if let Some((target, off, left)) = self.find_target(addr) {
             let n = data.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            lock(&d).mmio_write(off, &data[..n]);
+            match target {
+                Target::Device(d) => lock(&d).mmio_write(off, &data[..n]),
+                Target::Decoder(d) => d.write(addr, &data[..n]),
+            }
         }
     }
 }

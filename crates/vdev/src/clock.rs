@@ -230,3 +230,51 @@ impl Drop for Timer {
         i.targets.retain(|(id, _)| *id != self.id);
     }
 }
+
+/// A device behind a mutex that owns timers.
+pub trait TimedDevice: Send {
+    /// One of the device's deadlines has come. `now_ns` is the clock at the call.
+    fn timer_fired(&mut self, now_ns: u64);
+}
+
+struct DeviceTarget<T: TimedDevice>(Weak<Mutex<T>>);
+
+impl<T: TimedDevice> TimerTarget for DeviceTarget<T> {
+    fn fire(&self, now_ns: u64) {
+        if let Some(d) = self.0.upgrade() {
+            lock(&d).timer_fired(now_ns);
+        }
+    }
+}
+
+/// A [`Timer`] that calls the device which owns it, with the device locked.
+pub struct DeviceTimer {
+    timer: Timer,
+    /// Keeps the target alive; the clock holds it weakly.
+    _target: Arc<dyn TimerTarget>,
+}
+
+impl DeviceTimer {
+    /// A timer of `clock` for a device that is being built with `Arc::new_cyclic`.
+    pub fn new<T: TimedDevice + 'static>(
+        clock: &Arc<VmClock>,
+        device: &Weak<Mutex<T>>,
+    ) -> DeviceTimer {
+        let target: Arc<dyn TimerTarget> = Arc::new(DeviceTarget(Weak::clone(device)));
+        DeviceTimer {
+            timer: clock.timer(Arc::downgrade(&target)),
+            _target: target,
+        }
+    }
+    /// Arms at `Some` deadline, disarms at `None`.
+    pub fn set(&self, deadline_ns: Option<u64>) {
+        match deadline_ns {
+            Some(d) => self.timer.arm(d),
+            None => self.timer.disarm(),
+        }
+    }
+    /// Guest time now.
+    pub fn now_ns(&self) -> u64 {
+        self.timer.clock().now_ns()
+    }
+}

@@ -49,3 +49,9 @@ pub trait MsiSink: Send + Sync {
     /// Sends one message. Never blocks.
     fn send(&self, msi: MsiMessage);
 }
+
+/// Receives the level of the PIC's INTR output.
+pub trait IntrSink: Send + Sync {
+    /// INTR has this level now, or it is stated again. Called with no interrupt controller locked.
+    fn set_intr(&self, level: bool);
+}

@@ -13,12 +13,15 @@
 
 pub mod bus;
 pub mod clock;
+pub mod conformance;
 pub mod irq;
 pub mod lifecycle;
+pub mod machine;
 pub mod pci;
 
-pub use bus::{Bus, MmioDevice, PioDevice};
-pub use clock::{Timer, TimerTarget, VmClock};
-pub use irq::{IrqLine, IrqSink, MsiMessage, MsiSink};
+pub use bus::{AddressDecoder, Bus, MmioDevice, PioDevice};
+pub use clock::{DeviceTimer, TimedDevice, Timer, TimerTarget, VmClock};
+pub use irq::{IntrSink, IrqLine, IrqSink, MsiMessage, MsiSink};
 pub use lifecycle::Lifecycle;
-pub use pci::{BarKind, Dma, PciFunction};
+pub use machine::MachineEvents;
+pub use pci::{BarKind, ConfigSpace, Dma, PciFunction, PciIds, PciInterrupts};

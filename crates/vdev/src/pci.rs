@@ -1,5 +1,44 @@
-//! PCI functions and their DMA.
+//! PCI functions: the trait that the root complex drives, their configuration space, interrupts
+//! and DMA.
+//!
+//! A function usually holds a [`ConfigSpace`] and forwards to it:
+//!
+//! ```text
+//! let mut config = ConfigSpace::new(PciIds { vendor_id: 0x1af4, ..PciIds::default() });
+//! config.add_bar(0, BarKind::Mem64, 0x4000);
+//! config.add_msix(9, MsixLayout { table_bar: 0, table_offset: 0x2000, pba_bar: 0,
+//!     pba_offset: 0x3000 }, msi_sink);
+//! config.set_intx(0, intx_line);              // INTA; the line comes from the root complex
+//! let cap = config.add_capability(0x09, &body, &[]);   // offset of the capability
+//! let dma = Dma::new(memory, config.bus_master());
+//! let interrupts = config.interrupts();       // clonable, for worker threads
+//!
+//! // PciFunction:
+//! fn config_read(&mut self, offset: u16) -> u32 { self.config.read(offset) }
+//! fn config_write(&mut self, offset: u16, data: &[u8]) { self.config.write(offset, data) }
+//! fn bar(&self, index: u8) -> Option<(BarKind, u64)> { self.config.bar(index) }
+//! fn bar_address(&self, index: u8) -> Option<u64> { self.config.bar_address(index) }
+//! fn bar_read(&mut self, index: u8, offset: u64, data: &mut [u8]) {
+//!     if self.config.msix_read(index, offset, data) { return; }
+//!     ...
+//! }
+//! // an event for vector n: MSI-X or MSI if the driver enabled one, else INTx
+//! if !interrupts.signal(n) { interrupts.set_intx(true) }
+//! ```
+//!
+//! Register names are those of the PCI Local Bus Specification 3.0, chapter 6.
 
+mod config;
+mod interrupts;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use config::{ConfigSpace, MsixLayout, PciIds, cap, reg};
+pub use interrupts::PciInterrupts;
+pub use state::ConfigSaved;
+
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -33,6 +72,41 @@ pub trait PciFunction: Send {
     fn bar_read(&mut self, index: u8, offset: u64, data: &mut [u8]);
     /// Store to a BAR.
     fn bar_write(&mut self, index: u8, offset: u64, data: &[u8]);
+    /// Places in memory BARs whose stores only wake a worker. Constant.
+    fn doorbells(&self) -> Vec<Doorbell> {
+        Vec::new()
+    }
+}
+
+/// A place in a memory BAR where a store only has to signal an event descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Doorbell {
+    /// Which BAR.
+    pub bar: u8,
+    /// Offset in the BAR.
+    pub offset: u64,
+    /// Store size in bytes; 0 = any.
+    pub size_bytes: u32,
+    /// Only stores of this value, if given.
+    pub datamatch: Option<u64>,
+    /// The eventfd, which the function keeps open as long as it exists.
+    pub fd: RawFd,
+}
+
+/// A [`Doorbell`] at the address where it decodes now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DoorbellAt {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// The doorbell.
+    pub doorbell: Doorbell,
+}
+
+/// Wires doorbells into an engine that can signal descriptors without leaving the guest.
+/// A store that is not caught there still arrives at [`PciFunction::bar_write`].
+pub trait DoorbellSink: Send + Sync {
+    /// The doorbells of function `devfn` that decode now, in place of those told before.
+    fn replace(&self, devfn: u8, doorbells: &[DoorbellAt]);
 }
 
 /// A function's access to guest memory: refuses while the bus-master bit is off.

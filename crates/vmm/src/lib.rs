@@ -1,1 +1,26 @@
-//! pyrite-vmm
+//! The VM process: a machine assembled from a specification, its boot image, and its life.
+//!
+//! - [`board`]: the guest-visible layout.
+//! - [`boot`]: what is in memory and registers when the guest begins.
+//! - [`inputs`]: looks at the files of a specification before anything starts.
+//! - [`engines`]: which engine, and what CPUID says.
+//! - [`machine`]: memory, chipset, devices and engine, put together.
+//! - [`run`]: the state driver, the only place that changes what the VM does.
+//! - [`snapshot`]: a stopped machine as a directory.
+//! - [`process`]: the entry of the VM process.
+//!
+//! # Threads
+//!
+//! The state driver (the process's first thread), one thread per vCPU (`vcpu0` …), `timers`,
+//! `control`, `console-in`, `console-out`, and those of back ends. Everything that changes the
+//! state of the VM goes through the driver's queue.
+#![deny(unsafe_code)]
+
+pub mod board;
+pub mod boot;
+pub mod engines;
+pub mod inputs;
+pub mod machine;
+pub mod process;
+pub mod run;
+pub mod snapshot;

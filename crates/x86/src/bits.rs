@@ -77,6 +77,7 @@ pub mod efer {
     pub const NXE: u64 = 1 << 11;
     pub const SVME: u64 = 1 << 12;
     pub const FFXSR: u64 = 1 << 14;
+    pub const AUTOIBRS: u64 = 1 << 21;
 }
 
 /// Exception and interrupt vectors. Intel SDM Vol. 3A §6.3.1, table 6-1.

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bits;
+pub mod cpuid;
 pub mod paging;
 pub mod state;
 

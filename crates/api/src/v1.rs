@@ -1,0 +1,377 @@
+//! `VmSpec`, version 1: everything about a VM that a person decides.
+//!
+//! Flags, files and requests all become this one type, and [`VmSpec::validate`] is the only place
+//! that says which values are allowed. It does not look at files: whether a path holds what it
+//! should is found out by opening it, by whoever opens it.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+mod snapshot;
+#[cfg(test)]
+mod tests;
+
+pub use snapshot::{SNAPSHOT_FORMAT, SnapshotManifest};
+
+/// LIMIT: most vCPUs of a VM.
+pub const MAX_CPUS: u32 = 255;
+/// LIMIT: smallest memory in bytes.
+pub const MIN_MEMORY_BYTES: u64 = 16 << 20;
+/// LIMIT: largest memory in bytes.
+pub const MAX_MEMORY_BYTES: u64 = 8 << 40;
+/// LIMIT: disks of a VM: one PCI slot each, with room for the other functions.
+pub const MAX_DISKS: usize = 20;
+/// LIMIT: bytes in a disk's serial number. virtio 1.3 §5.2.6.
+pub const MAX_SERIAL_BYTES: usize = 20;
+/// LIMIT: port forwards.
+pub const MAX_FORWARDS: usize = 256;
+/// LIMIT: bytes of a kernel command line.
+pub const MAX_APPEND_BYTES: usize = 65_535;
+
+/// What executes the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    /// KVM if it really runs at hardware speed on this host, else the software engine.
+    #[default]
+    Auto,
+    /// KVM only.
+    Kvm,
+    /// The software engine.
+    Soft,
+}
+
+/// What the terminal is connected to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConsoleKind {
+    /// The first serial port, `ttyS0`.
+    #[default]
+    Serial,
+    /// The virtio console, `hvc0`; the first serial port's output is shown too.
+    Virtio,
+    /// Nothing.
+    None,
+}
+
+/// How the network card is connected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetKind {
+    /// User-mode NAT.
+    #[default]
+    User,
+    /// No network card.
+    None,
+}
+
+/// What a reset by the guest does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ResetPolicy {
+    /// The machine starts again.
+    #[default]
+    Reboot,
+    /// The VM ends.
+    Stop,
+}
+
+/// Transport protocol of a forwarded port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// What is booted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSpec {
+    /// Kernel file.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default)]
+    pub append: String,
+    /// Multiboot modules.
+    #[serde(default)]
+    pub modules: Vec<ModuleSpec>,
+}
+
+/// A Multiboot module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModuleSpec {
+    /// File.
+    pub path: PathBuf,
+    /// Its command line.
+    #[serde(default)]
+    pub args: String,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// Raw image file or block device.
+    pub path: PathBuf,
+    /// The guest may not write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Serial number that the guest sees.
+    #[serde(default)]
+    pub serial: Option<String>,
+}
+
+/// A port of the host that leads into the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForwardSpec {
+    /// Protocol.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// Address of the host to listen on.
+    #[serde(default = "loopback")]
+    pub host_addr: IpAddr,
+    /// Port of the host.
+    pub host_port: u16,
+    /// Port of the guest.
+    pub guest_port: u16,
+}
+
+fn loopback() -> IpAddr {
+    IpAddr::V4(Ipv4Addr::LOCALHOST)
+}
+
+/// The network card.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetSpec {
+    /// What it is connected to.
+    #[serde(default)]
+    pub kind: NetKind,
+    /// Ports that lead into the guest.
+    #[serde(default)]
+    pub forwards: Vec<ForwardSpec>,
+}
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Engine.
+    #[serde(default)]
+    pub engine: EngineKind,
+    /// CPU model; `host` is what this host and the engine can run.
+    #[serde(default = "host_model")]
+    pub cpu_model: String,
+    /// What is booted.
+    pub boot: BootSpec,
+    /// Disks in PCI order.
+    #[serde(default)]
+    pub disks: Vec<DiskSpec>,
+    /// Network card.
+    #[serde(default)]
+    pub net: NetSpec,
+    /// Console.
+    #[serde(default)]
+    pub console: ConsoleKind,
+    /// Memory balloon.
+    #[serde(default)]
+    pub balloon: bool,
+    /// Unix socket path of the vsock device; none without.
+    #[serde(default)]
+    pub vsock: Option<PathBuf>,
+    /// What a reset by the guest does.
+    #[serde(default)]
+    pub reset: ResetPolicy,
+    /// The VM is ended after this time.
+    #[serde(default)]
+    pub time_limit_ms: Option<u64>,
+    /// Directory of a snapshot to continue from instead of booting.
+    #[serde(default)]
+    pub restore: Option<PathBuf>,
+}
+
+fn host_model() -> String {
+    "host".into()
+}
+
+impl Default for VmSpec {
+    fn default() -> VmSpec {
+        VmSpec {
+            cpus: 1,
+            memory_bytes: 512 << 20,
+            engine: EngineKind::Auto,
+            cpu_model: host_model(),
+            boot: BootSpec::default(),
+            disks: Vec::new(),
+            net: NetSpec::default(),
+            console: ConsoleKind::Serial,
+            balloon: false,
+            vsock: None,
+            reset: ResetPolicy::Reboot,
+            time_limit_ms: None,
+            restore: None,
+        }
+    }
+}
+
+/// One thing that is wrong with a specification.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{path}: {problem}")]
+pub struct SpecError {
+    /// Path of the field, e.g. `disks[1].serial`.
+    pub path: String,
+    /// What is wrong and what was expected.
+    pub problem: String,
+}
+
+impl SpecError {
+    /// An error about the field at `path`.
+    pub fn new(path: impl Into<String>, problem: impl Into<String>) -> SpecError {
+        SpecError {
+            path: path.into(),
+            problem: problem.into(),
+        }
+    }
+}
+
+impl VmSpec {
+    /// Checks every field; lists all errors.
+    pub fn validate(&self) -> Result<(), Vec<SpecError>> {
+        let mut errors = Vec::new();
+        let mut bad = |path: String, problem: String| errors.push(SpecError { path, problem });
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            bad(
+                "cpus".into(),
+                format!("is {}; expected 1 to {MAX_CPUS}", self.cpus),
+            );
+        }
+        if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&self.memory_bytes) {
+            bad(
+                "memory_bytes".into(),
+                format!("is {} bytes; expected 16 MiB to 8 TiB", self.memory_bytes),
+            );
+        } else if !self.memory_bytes.is_multiple_of(1 << 20) {
+            bad(
+                "memory_bytes".into(),
+                "must be a whole number of MiB".into(),
+            );
+        }
+        let word = |s: &str| {
+            !s.is_empty()
+                && s.len() <= 64
+                && s.chars()
+                    .all(|c| c.is_ascii_alphanumeric() || "-_.,+=".contains(c))
+        };
+        if !word(&self.cpu_model) {
+            bad(
+                "cpu_model".into(),
+                "expected the name of a CPU model, e.g. host".into(),
+            );
+        }
+        if self.boot.kernel.as_os_str().is_empty() && self.restore.is_none() {
+            bad("boot.kernel".into(), "expected the path of a kernel".into());
+        }
+        if self.boot.append.len() > MAX_APPEND_BYTES || self.boot.append.contains('\0') {
+            let text = format!("expected at most {MAX_APPEND_BYTES} bytes without NUL");
+            bad("boot.append".into(), text);
+        }
+        for (n, m) in self.boot.modules.iter().enumerate() {
+            if m.path.as_os_str().is_empty() || m.args.contains('\0') {
+                bad(
+                    format!("boot.modules[{n}]"),
+                    "expected the path of a module".into(),
+                );
+            }
+        }
+        if self.time_limit_ms == Some(0) {
+            bad("time_limit_ms".into(), "must be more than 0".into());
+        }
+        self.validate_disks(&mut bad);
+        self.validate_net(&mut bad);
+        if let Some(v) = &self.vsock {
+            // sockaddr_un.sun_path, with room for a port suffix.
+            if v.as_os_str().is_empty() || v.as_os_str().len() > 90 {
+                bad(
+                    "vsock".into(),
+                    "expected a socket path of at most 90 bytes".into(),
+                );
+            }
+        }
+        if errors.is_empty() {
+            Ok(())
+        } else {
+            Err(errors)
+        }
+    }
+
+    fn validate_disks(&self, bad: &mut dyn FnMut(String, String)) {
+        if self.disks.len() > MAX_DISKS {
+            bad(
+                "disks".into(),
+                format!("{} disks; at most {MAX_DISKS}", self.disks.len()),
+            );
+        }
+        for (n, d) in self.disks.iter().enumerate() {
+            if d.path.as_os_str().is_empty() {
+                bad(
+                    format!("disks[{n}].path"),
+                    "expected the path of a disk image".into(),
+                );
+            }
+            if let Some(serial) = &d.serial
+                && (serial.is_empty()
+                    || serial.len() > MAX_SERIAL_BYTES
+                    || !serial.chars().all(|c| c.is_ascii_graphic()))
+            {
+                let text = format!("expected 1 to {MAX_SERIAL_BYTES} printable ASCII characters");
+                bad(format!("disks[{n}].serial"), text);
+            }
+            let same = |o: &DiskSpec| o.path == d.path && !(o.read_only && d.read_only);
+            if self.disks.iter().take(n).any(same) {
+                bad(
+                    format!("disks[{n}].path"),
+                    "is given twice and not read-only".into(),
+                );
+            }
+        }
+    }
+
+    fn validate_net(&self, bad: &mut dyn FnMut(String, String)) {
+        let forwards = &self.net.forwards;
+        if self.net.kind == NetKind::None && !forwards.is_empty() {
+            bad("net.forwards".into(), "need the user network".into());
+        }
+        if forwards.len() > MAX_FORWARDS {
+            bad("net.forwards".into(), format!("at most {MAX_FORWARDS}"));
+        }
+        for (n, f) in forwards.iter().enumerate() {
+            if f.host_port == 0 || f.guest_port == 0 {
+                bad(format!("net.forwards[{n}]"), "ports are 1 to 65535".into());
+            }
+            let same = |o: &ForwardSpec| {
+                (o.protocol, o.host_addr, o.host_port) == (f.protocol, f.host_addr, f.host_port)
+            };
+            if forwards.iter().take(n).any(same) {
+                bad(
+                    format!("net.forwards[{n}].host_port"),
+                    "is forwarded twice".into(),
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! The command line, and how it becomes a [`VmSpec`].
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pyrite_api::v1::{
+    BootSpec, ConsoleKind, DiskSpec, EngineKind, ForwardSpec, ModuleSpec, NetKind, NetSpec,
+    Protocol, ResetPolicy, SpecError, VmSpec,
+};
+
+/// Runs virtual machines, with or without hardware virtualisation.
+#[derive(Debug, Parser)]
+#[command(name = "pyrite", version, about, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a VM and attach the terminal to it.
+    ///
+    /// Without --kernel, a stock Debian kernel and a static busybox are fetched with the host's
+    /// package client, cached, and booted to a shell with working network.
+    #[command(after_help = crate::exit::HELP)]
+    Run(Box<RunArgs>),
+    /// Say what this host can do for VMs.
+    Doctor,
+    /// The process of one VM (started by `run`).
+    #[command(hide = true)]
+    Vmm,
+}
+
+/// Engines by name.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum EngineArg {
+    /// KVM if it really works here, else soft
+    Auto,
+    /// Hardware virtualisation through the Linux kernel
+    Kvm,
+    /// Pyrite's own CPU engine
+    Soft,
+}
+
+/// Consoles by name.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ConsoleArg {
+    /// The first serial port, ttyS0
+    Serial,
+    /// The virtio console, hvc0
+    Virtio,
+    /// No console
+    None,
+}
+
+/// Networks by name.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum NetArg {
+    /// NAT that needs no rights on the host
+    User,
+    /// No network card
+    None,
+}
+
+/// Options of `pyrite run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Kernel: Linux bzImage, ELF vmlinux or PVH kernel, or Multiboot 1 kernel
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Multiboot module, with its arguments after a space; repeatable
+    #[arg(long = "module", value_name = "FILE[ ARGS]", requires = "kernel")]
+    pub modules: Vec<String>,
+    /// Disk image; repeatable
+    #[arg(long = "disk", value_name = "FILE[,ro][,serial=TEXT]", value_parser = parse_disk)]
+    pub disks: Vec<DiskSpec>,
+    /// Network card
+    #[arg(long, value_enum, default_value = "user")]
+    pub net: NetArg,
+    /// Forward a port of the host into the guest; repeatable
+    #[arg(
+        short = 'p',
+        long = "publish",
+        value_name = "[ADDR:]HOST:GUEST[/udp]",
+        value_parser = parse_forward
+    )]
+    pub forwards: Vec<ForwardSpec>,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// Memory, e.g. 512M or 2G
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub memory: u64,
+    /// What executes the guest
+    #[arg(long, value_enum, default_value = "auto")]
+    pub engine: EngineArg,
+    /// CPU model
+    #[arg(long, value_name = "MODEL", default_value = "host")]
+    pub cpu: String,
+    /// What the terminal is connected to [default: serial; virtio without --kernel]
+    #[arg(long, value_enum)]
+    pub console: Option<ConsoleArg>,
+    /// End the VM after this time, e.g. 90, 90s, 5m
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub timeout: Option<Duration>,
+    /// Unix socket for connections to and from the guest (vsock)
+    #[arg(long, value_name = "SOCKET")]
+    pub vsock: Option<PathBuf>,
+    /// Add a memory balloon
+    #[arg(long)]
+    pub balloon: bool,
+    /// End the VM when the guest resets the machine
+    #[arg(long)]
+    pub no_reboot: bool,
+    /// Go on from a snapshot instead of booting
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kernel", "initrd", "append", "modules"])]
+    pub restore: Option<PathBuf>,
+    /// What to log to standard error, e.g. info or pyrite_vmm=debug
+    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    pub log: String,
+}
+
+impl RunArgs {
+    /// The specification without a kernel, which is either given or the stock one.
+    pub fn spec(&self) -> VmSpec {
+        let modules = self.modules.iter().map(|text| {
+            let (path, args) = text.split_once(' ').unwrap_or((text, ""));
+            ModuleSpec {
+                path: path.into(),
+                args: args.into(),
+            }
+        });
+        let console = self.console.map(|c| match c {
+            ConsoleArg::Serial => ConsoleKind::Serial,
+            ConsoleArg::Virtio => ConsoleKind::Virtio,
+            ConsoleArg::None => ConsoleKind::None,
+        });
+        VmSpec {
+            cpus: self.cpus,
+            memory_bytes: self.memory,
+            engine: match self.engine {
+                EngineArg::Auto => EngineKind::Auto,
+                EngineArg::Kvm => EngineKind::Kvm,
+                EngineArg::Soft => EngineKind::Soft,
+            },
+            cpu_model: self.cpu.clone(),
+            boot: BootSpec {
+                kernel: self.kernel.clone().unwrap_or_default(),
+                initrd: self.initrd.clone(),
+                append: self.append.clone().unwrap_or_default(),
+                modules: modules.collect(),
+            },
+            disks: self.disks.clone(),
+            net: NetSpec {
+                kind: match self.net {
+                    NetArg::User => NetKind::User,
+                    NetArg::None => NetKind::None,
+                },
+                forwards: self.forwards.clone(),
+            },
+            console: console.unwrap_or_default(),
+            balloon: self.balloon,
+            vsock: self.vsock.clone(),
+            reset: if self.no_reboot {
+                ResetPolicy::Stop
+            } else {
+                ResetPolicy::Reboot
+            },
+            time_limit_ms: self
+                .timeout
+                .map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
+            restore: self.restore.clone(),
+        }
+    }
+}
+
+/// The option that sets a field.
+fn option_of(path: &str) -> &'static str {
+    let field = path.split(['[', '.']).next().unwrap_or_default();
+    match (field, path) {
+        ("boot", p) if p.starts_with("boot.initrd") => "--initrd",
+        ("boot", p) if p.starts_with("boot.append") => "--append",
+        ("boot", p) if p.starts_with("boot.modules") => "--module",
+        ("boot", _) => "--kernel",
+        ("cpus", _) => "--cpus",
+        ("memory_bytes", _) => "--memory",
+        ("engine", _) => "--engine",
+        ("cpu_model", _) => "--cpu",
+        ("disks", _) => "--disk",
+        ("net", p) if p.starts_with("net.forwards") => "-p",
+        ("net", _) => "--net",
+        ("console", _) => "--console",
+        ("balloon", _) => "--balloon",
+        ("vsock", _) => "--vsock",
+        ("time_limit_ms", _) => "--timeout",
+        ("restore", _) => "--restore",
+        _ => "the VM specification",
+    }
+}
+
+/// An error in the words of the command line.
+pub fn describe(error: &SpecError) -> String {
+    format!("{}: {}", option_of(&error.path), error.problem)
+}
+
+/// `FILE[,ro][,serial=TEXT]`. A comma in the file name is written twice.
+fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == ',' && chars.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(c);
+        }
+    }
+    let mut parts = parts.into_iter();
+    let path = parts
+        .next()
+        .filter(|p| !p.is_empty())
+        .ok_or("expected FILE[,ro][,serial=TEXT]")?;
+    let mut disk = DiskSpec {
+        path: path.into(),
+        read_only: false,
+        serial: None,
+    };
+    for part in parts {
+        match part.split_once('=') {
+            None if part == "ro" => disk.read_only = true,
+            None if part == "rw" => disk.read_only = false,
+            Some(("serial", s)) => disk.serial = Some(s.to_owned()),
+            _ => {
+                return Err(format!(
+                    "unknown setting {part:?}; expected ro or serial=TEXT (a comma in the file \
+                     name is written ,,)"
+                ));
+            }
+        }
+    }
+    Ok(disk)
+}
+
+/// `[ADDR:]HOST:GUEST[/tcp|/udp]`.
+fn parse_forward(text: &str) -> Result<ForwardSpec, String> {
+    const EXPECTED: &str = "expected [ADDR:]HOST:GUEST[/udp], e.g. 8080:80";
+    let (ports, protocol) = match text.rsplit_once('/') {
+        Some((p, "udp")) => (p, Protocol::Udp),
+        Some((p, "tcp")) => (p, Protocol::Tcp),
+        Some(_) => return Err(EXPECTED.into()),
+        None => (text, Protocol::Tcp),
+    };
+    let (host, guest) = ports.rsplit_once(':').ok_or(EXPECTED)?;
+    let (addr, host) = match host.rsplit_once(':') {
+        Some((addr, host)) => {
+            let addr = addr.trim_start_matches('[').trim_end_matches(']');
+            (addr.parse::<IpAddr>().map_err(|_| EXPECTED)?, host)
+        }
+        None => (IpAddr::from([127, 0, 0, 1]), host),
+    };
+    let port = |s: &str| s.parse::<u16>().ok().filter(|p| *p != 0).ok_or(EXPECTED);
+    Ok(ForwardSpec {
+        protocol,
+        host_addr: addr,
+        host_port: port(host)?,
+        guest_port: port(guest)?,
+    })
+}
+
+/// Bytes from `512M`, `2G`, `2GiB`; a plain number is MiB.
+fn parse_size(text: &str) -> Result<u64, String> {
+    const EXPECTED: &str = "expected a size such as 512M or 2G";
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| EXPECTED)?;
+    let shift = match unit.to_ascii_uppercase().as_str() {
+        "K" | "KB" | "KIB" => 10,
+        "" | "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        _ => return Err(EXPECTED.into()),
+    };
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| EXPECTED.into())
+}
+
+/// A time from `90`, `90s`, `1500ms`, `5m`, `2h`.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    const EXPECTED: &str = "expected a time such as 90s or 5m";
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| EXPECTED)?;
+    let ms = match unit {
+        "ms" => Some(number),
+        "" | "s" => number.checked_mul(1000),
+        "m" => number.checked_mul(60_000),
+        "h" => number.checked_mul(3_600_000),
+        _ => None,
+    };
+    ms.filter(|n| *n > 0)
+        .map(Duration::from_millis)
+        .ok_or_else(|| EXPECTED.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(args: &[&str]) -> Result<VmSpec, clap::Error> {
+        let all = ["pyrite", "run"].iter().chain(args);
+        match Cli::try_parse_from(all)?.command {
+            Command::Run(a) => Ok(a.spec()),
+            _ => unreachable!("run was asked for"),
+        }
+    }
+
+    #[test]
+    fn flags_become_a_spec() {
+        let spec = run(&[
+            "--kernel",
+            "k",
+            "--initrd",
+            "i",
+            "--append",
+            "-a b",
+            "--disk",
+            "d,ro,serial=S1",
+            "--disk",
+            "a,,b",
+            "-p",
+            "8080:80",
+            "-p",
+            "0.0.0.0:53:53/udp",
+            "--cpus",
+            "4",
+            "--memory",
+            "2G",
+            "--engine",
+            "soft",
+            "--cpu",
+            "x",
+            "--console",
+            "virtio",
+            "--timeout",
+            "2m",
+            "--no-reboot",
+            "--balloon",
+            "--module",
+            "m a b",
+        ])
+        .unwrap();
+        assert_eq!(
+            (spec.cpus, spec.memory_bytes, spec.engine),
+            (4, 2 << 30, EngineKind::Soft)
+        );
+        assert_eq!(spec.boot.append, "-a b");
+        assert_eq!(spec.boot.modules[0].args, "a b");
+        assert_eq!(spec.disks[0].serial.as_deref(), Some("S1"));
+        assert!(spec.disks[0].read_only && !spec.disks[1].read_only);
+        assert_eq!(spec.disks[1].path, PathBuf::from("a,b"));
+        assert_eq!(spec.net.forwards[1].protocol, Protocol::Udp);
+        assert_eq!(spec.time_limit_ms, Some(120_000));
+        assert_eq!(spec.reset, ResetPolicy::Stop);
+        spec.validate().unwrap();
+    }
+
+    #[test]
+    fn wrong_values_are_refused() {
+        for args in [
+            ["--memory", "lots"],
+            ["--memory", "99999999999T"],
+            ["--disk", ",ro"],
+            ["--disk", "d,colour=red"],
+            ["-p", "80"],
+            ["-p", "0:80"],
+            ["-p", "80:70000"],
+            ["-p", "80:80/sctp"],
+            ["--timeout", "0"],
+            ["--timeout", "soon"],
+            ["--engine", "tcg"],
+            ["--cpus", "x"],
+        ] {
+            assert_eq!(run(&args).unwrap_err().exit_code(), 2, "{args:?}");
+        }
+    }
+
+    #[test]
+    fn errors_name_the_option() {
+        let e = SpecError::new("disks[1].path", "is missing");
+        assert_eq!(describe(&e), "--disk: is missing");
+        assert_eq!(option_of("boot.initrd"), "--initrd");
+        assert_eq!(option_of("net.forwards[0].host_port"), "-p");
+    }
+
+    #[test]
+    fn command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

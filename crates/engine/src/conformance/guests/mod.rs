@@ -1,0 +1,27 @@
+//! The micro-guests, by subject.
+
+mod apic;
+mod io;
+mod paging;
+mod real;
+mod segments;
+mod smc;
+mod system;
+
+use super::Guest;
+
+/// All guests, in the order they run.
+pub(super) fn all() -> Vec<&'static Guest> {
+    [
+        real::GUESTS,
+        io::GUESTS,
+        paging::GUESTS,
+        segments::GUESTS,
+        system::GUESTS,
+        apic::GUESTS,
+        smc::GUESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}

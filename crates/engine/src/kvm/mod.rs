@@ -1,0 +1,502 @@
+//! The KVM engine.
+//!
+//! Split irqchip: the local APICs live in the kernel; PIC, IO-APIC and PIT are devices of the
+//! machine. A level-triggered interrupt must tell the IO-APIC when it ends, and KVM only reports
+//! the EOI of vectors that its routing table names as level-triggered; so [`KvmVm::send_msi`]
+//! keeps the last 24 level messages as routes of the 24 reserved GSIs.
+//!
+//! # Threads
+//!
+//! [`KvmVcpu`] is owned by its thread. Others reach it by a kick: `immediate_exit` is set in the
+//! shared `kvm_run` page and a signal is sent, both under the lock that `run` takes when it
+//! publishes and withdraws the page, so a kick can neither be lost nor hit a stale thread.
+//!
+//! # Dirty log
+//!
+//! KVM logs writes of vCPUs itself; [`Vm::sync_dirty_log`] merges its log into `GuestMemory`'s.
+
+// UNSAFETY: ioctls that kvm-ioctls lacks, the kvm_run union, the kick signal, memory slots.
+#![allow(
+    unsafe_code,
+    reason = "the ioctl boundary; each block says why it is sound"
+)]
+
+pub mod cpuid;
+mod ioctl;
+mod limits;
+mod state;
+mod vcpu;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES,
+    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_msi,
+    kvm_msi, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use pyrite_mem::GuestMemory;
+use pyrite_state::Inspect;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{CpuIo, EngineCaps, EngineError, Vcpu, VcpuControl, Vm, VmConfig};
+pub use limits::known_limits;
+pub use vcpu::KvmVcpu;
+
+/// GSIs whose level-triggered routes make EOI exits: as many as the IO-APIC has pins.
+const RESERVED_ROUTES: u32 = 24;
+/// LIMIT: GSIs for irqfds, one each (KVM's own bound is 4096 routes).
+const MAX_IRQFDS: u32 = 1024;
+/// Level-triggered, in the data word of an MSI. Intel SDM Vol. 3A §10.11.2.
+const MSI_LEVEL: u32 = 1 << 15;
+
+pub(crate) fn os<E: Into<io::Error>>(what: &str) -> impl FnOnce(E) -> EngineError + '_ {
+    move |e| {
+        let source: io::Error = e.into();
+        EngineError::Os {
+            what: format!("cannot {what}: {source}"),
+            source,
+        }
+    }
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The MSI messages behind the GSIs.
+#[derive(Default)]
+struct Routes {
+    /// Ring of level-triggered messages on the reserved GSIs, and the slot to overwrite next.
+    level: Vec<(u64, u32)>,
+    next: usize,
+    /// Messages of irqfds by GSI.
+    irqfds: BTreeMap<u32, (u64, u32)>,
+}
+
+impl Routes {
+    fn entries(&self) -> Vec<kvm_irq_routing_entry> {
+        let level = self.level.iter().enumerate().map(|(n, m)| (n as u32, *m));
+        level
+            .chain(self.irqfds.iter().map(|(g, m)| (*g, *m)))
+            .map(|(gsi, (addr, data))| {
+                let mut e = kvm_irq_routing_entry {
+                    gsi,
+                    type_: KVM_IRQ_ROUTING_MSI,
+                    ..kvm_irq_routing_entry::default()
+                };
+                e.u.msi = kvm_irq_routing_msi {
+                    address_lo: addr as u32,
+                    address_hi: (addr >> 32) as u32,
+                    data,
+                    ..kvm_irq_routing_msi::default()
+                };
+                e
+            })
+            .collect()
+    }
+}
+
+/// How other threads reach a vCPU.
+#[derive(Default)]
+struct Remote {
+    stop: AtomicBool,
+    /// Where the running thread can be kicked; `None` outside of `run`.
+    running: Mutex<Option<vcpu::KickTarget>>,
+}
+
+impl Remote {
+    fn kick(&self) {
+        if let Some(t) = lock(&self.running).as_ref() {
+            t.kick();
+        }
+    }
+}
+
+impl VcpuControl for Remote {
+    fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.kick();
+    }
+}
+
+/// What the VM and its vCPUs share.
+struct Shared {
+    fd: VmFd,
+    memory: Arc<GuestMemory>,
+    io: Arc<dyn CpuIo>,
+    clock: Arc<dyn Fn() -> u64 + Send + Sync>,
+    pic_intr: AtomicBool,
+    remotes: Vec<Arc<Remote>>,
+    /// vCPUs inside `run`. LOCK ORDER: taken alone.
+    running: Mutex<u32>,
+    xsave_bytes: usize,
+    has_sregs2: bool,
+}
+
+impl Shared {
+    /// The first vCPU that enters after all were out sets kvmclock to the VM clock, which stood
+    /// still meanwhile.
+    fn entered(&self) {
+        let mut n = lock(&self.running);
+        if *n == 0 {
+            let data = kvm_clock_data {
+                clock: (self.clock)(),
+                ..kvm_clock_data::default()
+            };
+            if let Err(e) = self.fd.set_clock(&data) {
+                tracing::warn!("cannot set kvmclock: {e}");
+            }
+        }
+        *n += 1;
+    }
+    fn left(&self) {
+        let mut n = lock(&self.running);
+        *n = n.saturating_sub(1);
+    }
+}
+
+/// A VM on KVM.
+pub struct KvmVm {
+    shared: Arc<Shared>,
+    caps: EngineCaps,
+    vcpus: Mutex<Vec<Option<KvmVcpu>>>,
+    routes: Mutex<Routes>,
+    logging: AtomicBool,
+    failed_msis: AtomicU32,
+}
+
+/// Creates a VM on `/dev/kvm`. Whether this KVM is worth using is the question of
+/// [`crate::probe`], not of this function.
+pub fn create(config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
+    Ok(Arc::new(KvmVm::new(config)?))
+}
+
+impl KvmVm {
+    /// See [`create`].
+    pub fn new(config: VmConfig) -> Result<KvmVm, EngineError> {
+        let kvm = Kvm::new().map_err(os("open /dev/kvm"))?;
+        let max_vcpus = u32::try_from(kvm.get_max_vcpus())
+            .unwrap_or(u32::MAX)
+            .min(254);
+        if config.vcpus == 0 || config.vcpus > max_vcpus {
+            return Err(EngineError::Unsupported(format!(
+                "{} vCPUs were asked for, KVM here can have 1 to {max_vcpus}",
+                config.vcpus
+            )));
+        }
+        for (cap, name) in [
+            (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+            (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+            (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+            (Cap::Xsave, "KVM_CAP_XSAVE"),
+            (Cap::Xcrs, "KVM_CAP_XCRS"),
+            (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(EngineError::Unsupported(format!("KVM here lacks {name}")));
+            }
+        }
+        ioctl::kick_signal().map_err(os("install the kick signal's handler"))?;
+        let fd = kvm.create_vm().map_err(os("create a VM in KVM"))?;
+        // Three pages that VMX without unrestricted guest needs; below the BIOS, in no one's way.
+        fd.set_tss_address(0xfffb_d000)
+            .map_err(os("place KVM's TSS"))?;
+        let mut split = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            ..Default::default()
+        };
+        split.args[0] = u64::from(RESERVED_ROUTES);
+        fd.enable_cap(&split)
+            .map_err(os("enable KVM_CAP_SPLIT_IRQCHIP"))?;
+        // 32-bit APIC ids in KVM_GET/SET_LAPIC and no broadcast quirk, where KVM has it.
+        let mut x2 = kvm_enable_cap {
+            cap: KVM_CAP_X2APIC_API,
+            ..Default::default()
+        };
+        x2.args[0] = 3;
+        if let Err(e) = fd.enable_cap(&x2) {
+            tracing::debug!("KVM_CAP_X2APIC_API: {e}");
+        }
+        let shared = Arc::new(Shared {
+            xsave_bytes: usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0),
+            has_sregs2: fd.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_SREGS2)) > 0,
+            fd,
+            memory: config.memory,
+            io: config.io,
+            clock: config.clock,
+            pic_intr: AtomicBool::new(false),
+            remotes: (0..config.vcpus).map(|_| Arc::default()).collect(),
+            running: Mutex::new(0),
+        });
+        let mut vm = KvmVm {
+            shared,
+            caps: EngineCaps {
+                name: "kvm",
+                max_vcpus,
+                tsc_khz: 0,
+            },
+            vcpus: Mutex::new(Vec::new()),
+            routes: Mutex::default(),
+            logging: AtomicBool::new(false),
+            failed_msis: AtomicU32::new(0),
+        };
+        vm.map_memory(false)?;
+        let mut vcpus = Vec::new();
+        for index in 0..config.vcpus {
+            let v = KvmVcpu::new(&vm.shared, index)?;
+            if index == 0 {
+                vm.caps.tsc_khz = v.tsc_khz()?;
+            }
+            let table = cpuid::for_vcpu(&config.cpuid, index, config.vcpus, vm.caps.tsc_khz);
+            v.set_cpuid(&table)?;
+            vcpus.push(Some(v));
+        }
+        vm.vcpus = Mutex::new(vcpus);
+        Ok(vm)
+    }
+
+    /// Sets all memory slots, with or without KVM's dirty log.
+    fn map_memory(&self, log_dirty: bool) -> Result<(), EngineError> {
+        let memory = &self.shared.memory;
+        for (slot, r) in memory.regions().iter().enumerate() {
+            let host = memory
+                .host_ptr(r.gpa, r.size_bytes)
+                .ok_or_else(|| EngineError::Internal("a RAM region without memory".to_owned()))?;
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: if log_dirty {
+                    KVM_MEM_LOG_DIRTY_PAGES
+                } else {
+                    0
+                },
+                guest_phys_addr: r.gpa,
+                memory_size: r.size_bytes,
+                userspace_addr: host as u64,
+            };
+            // SAFETY: host..host+size is GuestMemory's mapping, which `Shared` keeps alive as
+            // long as the VM's descriptor.
+            unsafe { self.shared.fd.set_user_memory_region(region) }
+                .map_err(os("give RAM to KVM"))?;
+        }
+        Ok(())
+    }
+
+    fn load_routes(&self, routes: &Routes) -> Result<(), EngineError> {
+        let table = KvmIrqRouting::from_entries(&routes.entries())
+            .map_err(|e| EngineError::Internal(format!("interrupt routes: {e:?}")))?;
+        self.shared
+            .fd
+            .set_gsi_routing(&table)
+            .map_err(os("set KVM's interrupt routes"))
+    }
+
+    /// Delivers the message `addr`/`data` whenever `event` is written, without a vCPU exit.
+    /// Returns the GSI, to be given to [`KvmVm::unregister_irqfd`].
+    pub fn register_irqfd(
+        &self,
+        event: &EventFd,
+        addr: u64,
+        data: u32,
+    ) -> Result<u32, EngineError> {
+        let mut routes = lock(&self.routes);
+        let gsi = (RESERVED_ROUTES..RESERVED_ROUTES + MAX_IRQFDS)
+            .find(|g| !routes.irqfds.contains_key(g))
+            .ok_or_else(|| EngineError::Unsupported(format!("more than {MAX_IRQFDS} irqfds")))?;
+        routes.irqfds.insert(gsi, (addr, data));
+        let done = self.load_routes(&routes).and_then(|()| {
+            self.shared
+                .fd
+                .register_irqfd(event, gsi)
+                .map_err(os("register an irqfd"))
+        });
+        if done.is_err() {
+            routes.irqfds.remove(&gsi);
+        }
+        done.map(|()| gsi)
+    }
+
+    /// Changes the message of an irqfd (the guest rewrote its MSI-X table).
+    pub fn route_irqfd(&self, gsi: u32, addr: u64, data: u32) -> Result<(), EngineError> {
+        let mut routes = lock(&self.routes);
+        match routes.irqfds.get_mut(&gsi) {
+            Some(m) => *m = (addr, data),
+            None => return Err(EngineError::Internal(format!("GSI {gsi} has no irqfd"))),
+        }
+        self.load_routes(&routes)
+    }
+
+    /// Undoes [`KvmVm::register_irqfd`].
+    pub fn unregister_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
+        self.shared
+            .fd
+            .unregister_irqfd(event, gsi)
+            .map_err(os("remove an irqfd"))?;
+        let mut routes = lock(&self.routes);
+        routes.irqfds.remove(&gsi);
+        self.load_routes(&routes)
+    }
+
+    /// Signals `event` when the guest stores to guest-physical address `gpa` (any size), without
+    /// leaving to user space. Stores do not reach `CpuIo` any more.
+    pub fn register_ioeventfd(&self, event: &EventFd, gpa: u64) -> Result<(), EngineError> {
+        self.shared
+            .fd
+            .register_ioevent(event, &IoEventAddress::Mmio(gpa), NoDatamatch)
+            .map_err(os("register an ioeventfd"))
+    }
+
+    /// Undoes [`KvmVm::register_ioeventfd`].
+    pub fn unregister_ioeventfd(&self, event: &EventFd, gpa: u64) -> Result<(), EngineError> {
+        self.shared
+            .fd
+            .unregister_ioevent(event, &IoEventAddress::Mmio(gpa), NoDatamatch)
+            .map_err(os("remove an ioeventfd"))
+    }
+
+    fn pull_dirty_log(&self) -> Result<(), EngineError> {
+        let memory = &self.shared.memory;
+        for (slot, r) in memory.regions().iter().enumerate() {
+            let size = usize::try_from(r.size_bytes)
+                .map_err(|_| EngineError::Internal("RAM larger than the host".to_owned()))?;
+            let words = self
+                .shared
+                .fd
+                .get_dirty_log(slot as u32, size)
+                .map_err(os("read KVM's dirty log"))?;
+            let first = r.ram_offset / pyrite_mem::PAGE_SIZE;
+            for (n, w) in words.iter().enumerate() {
+                let mut left = *w;
+                while left != 0 {
+                    let bit = left.trailing_zeros();
+                    left &= left - 1;
+                    memory.log_dirty(first + n as u64 * 64 + u64::from(bit));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Vm for KvmVm {
+    fn caps(&self) -> &EngineCaps {
+        &self.caps
+    }
+
+    fn take_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
+        let v = lock(&self.vcpus)
+            .get_mut(index as usize)
+            .and_then(Option::take);
+        match v {
+            Some(v) => Ok(Box::new(v)),
+            None => Err(EngineError::Internal(format!(
+                "vCPU {index} is not there or taken"
+            ))),
+        }
+    }
+
+    fn control(&self, index: u32) -> Arc<dyn VcpuControl> {
+        match self.shared.remotes.get(index as usize) {
+            Some(r) => Arc::<Remote>::clone(r),
+            // A control of nothing: stopping it has no effect.
+            None => Arc::new(Remote::default()),
+        }
+    }
+
+    fn send_msi(&self, addr: u64, data: u32) {
+        if data & MSI_LEVEL != 0 {
+            let mut routes = lock(&self.routes);
+            if !routes.level.contains(&(addr, data)) {
+                let slot = routes.next;
+                match routes.level.get_mut(slot) {
+                    Some(m) => *m = (addr, data),
+                    None => routes.level.push((addr, data)),
+                }
+                routes.next = (slot + 1) % RESERVED_ROUTES as usize;
+                if let Err(e) = self.load_routes(&routes) {
+                    tracing::error!("{e}; level interrupts may stop");
+                }
+            }
+        }
+        let msi = kvm_msi {
+            address_lo: addr as u32,
+            address_hi: (addr >> 32) as u32,
+            data,
+            ..kvm_msi::default()
+        };
+        // An error is a message that nobody takes, which hardware drops as well.
+        if self.shared.fd.signal_msi(msi).is_err() {
+            self.failed_msis.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn set_pic_intr(&self, level: bool) {
+        let was = self.shared.pic_intr.swap(level, Ordering::SeqCst);
+        if level
+            && !was
+            && let Some(r) = self.shared.remotes.first()
+        {
+            r.kick();
+        }
+    }
+
+    fn send_nmi(&self, index: u32) {
+        // KVM_NMI would wait until the vCPU leaves KVM_RUN; a message with delivery mode NMI does
+        // not. Physical destination, bits 19:12; ids are below 255.
+        let msi = kvm_msi {
+            address_lo: 0xfee0_0000 | (index & 0xff) << 12,
+            data: 0b100 << 8,
+            ..kvm_msi::default()
+        };
+        if self.shared.fd.signal_msi(msi).is_err() {
+            self.failed_msis.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn drop_write_permission(&self) {
+        let want = self.shared.memory.dirty_logging();
+        let have = self.logging.swap(want, Ordering::SeqCst);
+        let r = match (have, want) {
+            (false, false) => Ok(()),
+            (true, true) => self.pull_dirty_log(),
+            _ => self.map_memory(want),
+        };
+        if let Err(e) = r {
+            tracing::error!("dirty log: {e}");
+        }
+    }
+
+    fn sync_dirty_log(&self) {
+        if self.logging.load(Ordering::SeqCst)
+            && let Err(e) = self.pull_dirty_log()
+        {
+            tracing::error!("dirty log: {e}");
+        }
+    }
+
+    fn inspect(&self) -> Inspect {
+        let routes = lock(&self.routes);
+        Inspect::node([
+            ("engine", Inspect::Text("kvm".to_owned())),
+            ("vcpus", Inspect::Uint(self.shared.remotes.len() as u64)),
+            ("tsc-khz", Inspect::Uint(self.caps.tsc_khz)),
+            (
+                "pic-intr",
+                Inspect::Bool(self.shared.pic_intr.load(Ordering::Relaxed)),
+            ),
+            ("level-routes", Inspect::Uint(routes.level.len() as u64)),
+            ("irqfds", Inspect::Uint(routes.irqfds.len() as u64)),
+            (
+                "untaken-messages",
+                Inspect::Uint(u64::from(self.failed_msis.load(Ordering::Relaxed))),
+            ),
+        ])
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,268 @@
+//! The code cache of one vCPU: memory for emitted code, blocks, links, look-up.
+//!
+//! Code is written through one mapping and executed through another (W^X). The cache is filled
+//! from front to back; when it is full everything is dropped. Each vCPU has its own, so nothing
+//! here is shared or locked.
+
+// UNSAFETY: two mappings of one memfd; writes are bounds-checked.
+#![allow(unsafe_code, reason = "owns executable memory")]
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// What makes a translation reusable: where the code is, how it is addressed, in which mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BlockKey {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// RIP of the first byte.
+    pub rip: u64,
+    /// Mode bits, see `mode`.
+    pub mode: u32,
+}
+
+/// A direct exit of a block.
+#[derive(Clone, Debug)]
+pub struct Exit {
+    /// Guest RIP it leads to.
+    pub target: u64,
+    /// Cache offset of the rel32 of its jump.
+    pub patch_at: u32,
+    /// Cache offset of its stub, to which the jump leads while unlinked.
+    pub stub_at: u32,
+    /// The block it is linked to.
+    pub linked: Option<u32>,
+    /// The block it belongs to.
+    pub owner: u32,
+}
+
+/// A translated block.
+#[derive(Debug)]
+pub struct Block {
+    pub key: BlockKey,
+    /// Cache offset of the entry for jumps that have proved the target.
+    pub entry: u32,
+    /// Cache offset of the entry that compares R10 with the block's RIP.
+    pub checked_entry: u32,
+    /// Cache range of the body.
+    pub start: u32,
+    pub end: u32,
+    /// Number of guest bytes.
+    pub guest_len: u32,
+    /// Guest instructions.
+    pub insns: u32,
+    /// Host offset from `start` at which each guest instruction begins, with its guest offset.
+    pub map: Vec<(u32, u16)>,
+    /// Indices into `Cache::exits` of the exits that are linked to this block.
+    pub incoming: Vec<u32>,
+    /// Its first instruction is one for the interpreter: entering the block is of no use.
+    pub interpret_first: bool,
+    /// The entry polls the exit request.
+    pub polls: bool,
+    pub dead: bool,
+}
+
+/// A multiplicative hash; keys are addresses, not hostile strings, and the map is bounded.
+#[derive(Default)]
+pub struct AddrHasher(u64);
+
+impl Hasher for AddrHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.write_u64(u64::from(*b));
+        }
+    }
+    fn write_u32(&mut self, n: u32) {
+        self.write_u64(u64::from(n));
+    }
+    fn write_u64(&mut self, n: u64) {
+        self.0 = (self.0.rotate_left(23) ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 29;
+    }
+}
+
+type AddrMap<K, V> = HashMap<K, V, BuildHasherDefault<AddrHasher>>;
+
+/// See the module documentation.
+pub struct Cache {
+    rw: *mut u8,
+    rx: *const u8,
+    size: usize,
+    used: usize,
+    pub blocks: Vec<Block>,
+    pub exits: Vec<Exit>,
+    by_key: AddrMap<BlockKey, u32>,
+    by_page: AddrMap<u64, Vec<u32>>,
+    /// How often everything was dropped.
+    pub flushes: u64,
+}
+
+// SAFETY: the mappings belong to this value; it moves between threads with its vCPU.
+unsafe impl Send for Cache {}
+
+impl Cache {
+    /// Maps a cache of `size` bytes.
+    pub fn new(size: usize) -> std::io::Result<Cache> {
+        let size = size.next_multiple_of(4096);
+        let last = std::io::Error::last_os_error;
+        // SAFETY: plain system calls; the descriptor is closed below, the mappings keep the file.
+        unsafe {
+            let fd = libc::memfd_create(c"code-cache".as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(last());
+            }
+            if libc::ftruncate(fd, size as libc::off_t) != 0 {
+                let e = last();
+                libc::close(fd);
+                return Err(e);
+            }
+            let map = |prot| libc::mmap(std::ptr::null_mut(), size, prot, libc::MAP_SHARED, fd, 0);
+            let rw = map(libc::PROT_READ | libc::PROT_WRITE);
+            let rx = map(libc::PROT_READ | libc::PROT_EXEC);
+            let e = last();
+            libc::close(fd);
+            if rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
+                return Err(e);
+            }
+            Ok(Cache {
+                rw: rw.cast(),
+                rx: rx.cast_const().cast(),
+                size,
+                used: 0,
+                blocks: Vec::new(),
+                exits: Vec::new(),
+                by_key: AddrMap::default(),
+                by_page: AddrMap::default(),
+                flushes: 0,
+            })
+        }
+    }
+
+    /// Address at which cache offset 0 executes.
+    pub fn base(&self) -> u64 {
+        self.rx as u64
+    }
+
+    /// First free offset, aligned for a block's start.
+    pub fn free_at(&self) -> usize {
+        self.used.next_multiple_of(16)
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// True if `len` more bytes fit.
+    pub fn fits(&self, len: usize) -> bool {
+        self.free_at() + len <= self.size
+    }
+
+    /// Copies emitted code to [`Cache::free_at`].
+    pub fn append(&mut self, code: &[u8]) {
+        let at = self.free_at();
+        assert!(at + code.len() <= self.size, "caller checked that it fits");
+        // SAFETY: bounds asserted.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(at), code.len()) };
+        self.used = at + code.len();
+    }
+
+    /// Writes the rel32 at offset `at` so that the jump leads to offset `to`.
+    fn patch(&mut self, at: u32, to: u32) {
+        let rel = to.wrapping_sub(at + 4);
+        assert!((at as usize) + 4 <= self.used);
+        // SAFETY: bounds asserted.
+        unsafe { self.rw.add(at as usize).cast::<u32>().write_unaligned(rel) };
+    }
+
+    /// The block for a key.
+    pub fn find(&self, key: &BlockKey) -> Option<u32> {
+        self.by_key.get(key).copied()
+    }
+
+    /// Adds a block whose code was appended.
+    pub fn insert(&mut self, block: Block) -> u32 {
+        let id = self.blocks.len() as u32;
+        self.by_key.insert(block.key, id);
+        self.by_page
+            .entry(block.key.gpa & !0xfff)
+            .or_default()
+            .push(id);
+        self.blocks.push(block);
+        id
+    }
+
+    /// Makes an exit jump straight to a block.
+    pub fn link(&mut self, exit: u32, to: u32) {
+        let entry = self.blocks[to as usize].entry;
+        let e = &mut self.exits[exit as usize];
+        e.linked = Some(to);
+        let at = e.patch_at;
+        self.patch(at, entry);
+        self.blocks[to as usize].incoming.push(exit);
+    }
+
+    /// Drops one block: nothing leads to it any more. Its code stays until the cache is emptied.
+    pub fn kill(&mut self, id: u32) {
+        let b = &mut self.blocks[id as usize];
+        if b.dead {
+            return;
+        }
+        b.dead = true;
+        let key = b.key;
+        let incoming = std::mem::take(&mut b.incoming);
+        if self.by_key.get(&key) == Some(&id) {
+            self.by_key.remove(&key);
+        }
+        for x in incoming {
+            let e = &mut self.exits[x as usize];
+            if e.linked == Some(id) {
+                e.linked = None;
+                let (at, stub) = (e.patch_at, e.stub_at);
+                self.patch(at, stub);
+            }
+        }
+    }
+
+    /// Drops the blocks made from a guest-physical page. True if there were any.
+    pub fn kill_page(&mut self, page_gpa: u64) -> bool {
+        let Some(ids) = self.by_page.remove(&page_gpa) else {
+            return false;
+        };
+        for id in ids {
+            self.kill(id);
+        }
+        true
+    }
+
+    /// Drops everything.
+    pub fn clear(&mut self) {
+        self.used = 0;
+        self.blocks.clear();
+        self.exits.clear();
+        self.by_key.clear();
+        self.by_page.clear();
+        self.flushes += 1;
+    }
+
+    /// The block whose code holds an executable address.
+    pub fn block_at(&self, addr: u64) -> Option<&Block> {
+        let off = u32::try_from(addr.checked_sub(self.base())?).ok()?;
+        let n = self.blocks.partition_point(|b| b.start <= off);
+        let b = self.blocks.get(n.checked_sub(1)?)?;
+        (off < b.end).then_some(b)
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        // SAFETY: both mappings were made in `new` with this size.
+        unsafe {
+            libc::munmap(self.rw.cast(), self.size);
+            libc::munmap(self.rx.cast_mut().cast(), self.size);
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! The emitter: a growing buffer of host code with labels, and the few fixed instruction forms
+//! that the engine adds around copied guest instructions.
+//!
+//! Register arguments are host register numbers (0-15). Encodings: Intel SDM Vol. 2A §2.1-2.3.
+
+use iced_x86::{Encoder, Instruction};
+
+/// Host scratch register: an address, then the offset in its page.
+pub const T0: u8 = 10;
+/// Host scratch register: a soft-TLB slot, then the page's host address.
+pub const T1: u8 = 11;
+const RSP: u8 = 4;
+
+/// A position in the code that jumps may name before it is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Label(usize);
+
+/// See the module documentation.
+pub struct Emitter {
+    code: Vec<u8>,
+    enc: Encoder,
+    base: u64,
+    labels: Vec<Option<usize>>,
+    fixups: Vec<(usize, Label)>,
+}
+
+/// An address as LEA takes it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Address {
+    /// Base register.
+    pub base: Option<u8>,
+    /// Index register and log2 of its scale.
+    pub index: Option<(u8, u8)>,
+    /// Displacement.
+    pub disp: i32,
+}
+
+impl Emitter {
+    /// An empty buffer whose first byte will execute at `base`.
+    pub fn new(base: u64) -> Emitter {
+        Emitter {
+            code: Vec::with_capacity(2048),
+            enc: Encoder::new(64),
+            base,
+            labels: Vec::new(),
+            fixups: Vec::new(),
+        }
+    }
+
+    /// Bytes so far.
+    pub fn len(&self) -> usize {
+        self.code.len()
+    }
+
+    /// A label to be bound later.
+    pub fn label(&mut self) -> Label {
+        self.labels.push(None);
+        Label(self.labels.len() - 1)
+    }
+
+    /// Binds a label here.
+    pub fn bind(&mut self, l: Label) {
+        self.labels[l.0] = Some(self.code.len());
+    }
+
+    /// A label bound here.
+    pub fn here(&mut self) -> Label {
+        let l = self.label();
+        self.bind(l);
+        l
+    }
+
+    /// Resolves all jumps and returns the code.
+    pub fn finish(mut self) -> Vec<u8> {
+        for (at, l) in std::mem::take(&mut self.fixups) {
+            let to = self.labels[l.0].unwrap_or(at + 4);
+            let rel = (to as i64 - (at as i64 + 4)) as i32;
+            self.code[at..at + 4].copy_from_slice(&rel.to_le_bytes());
+        }
+        self.code
+    }
+
+    /// Offset of a bound label.
+    pub fn offset_of(&self, l: Label) -> usize {
+        self.labels[l.0].unwrap_or(0)
+    }
+
+    fn bytes(&mut self, b: &[u8]) {
+        self.code.extend_from_slice(b);
+    }
+
+    fn u32(&mut self, v: u32) {
+        self.bytes(&v.to_le_bytes());
+    }
+
+    /// Encodes a (rewritten) instruction; false if it has no 64-bit encoding.
+    pub fn insn(&mut self, i: &Instruction) -> bool {
+        match self.enc.encode(i, self.base + self.code.len() as u64) {
+            Ok(_) => {
+                let b = self.enc.take_buffer();
+                self.bytes(&b);
+                self.enc.set_buffer(b_cleared(b));
+                true
+            }
+            Err(_) => {
+                let b = self.enc.take_buffer();
+                self.enc.set_buffer(b_cleared(b));
+                false
+            }
+        }
+    }
+
+    fn rex(w: bool, r: u8, x: u8, b: u8) -> u8 {
+        0x40 | u8::from(w) << 3 | (r >> 3) << 2 | (x >> 3) << 1 | b >> 3
+    }
+
+    /// `op reg, [rsp + disp]` for one-byte opcodes.
+    fn frame_op(&mut self, opcode: u8, w: bool, reg: u8, disp: usize) {
+        self.bytes(&[Self::rex(w, reg, 0, 0), opcode, 0x84 | (reg & 7) << 3, 0x24]);
+        self.u32(disp as u32);
+    }
+
+    /// `mov reg, [frame + disp]` (64 bit).
+    pub fn load(&mut self, reg: u8, disp: usize) {
+        self.frame_op(0x8b, true, reg, disp);
+    }
+    /// `mov reg32, [frame + disp]`.
+    pub fn load32(&mut self, reg: u8, disp: usize) {
+        self.frame_op(0x8b, false, reg, disp);
+    }
+    /// `mov [frame + disp], reg` (64 bit).
+    pub fn store(&mut self, disp: usize, reg: u8) {
+        self.frame_op(0x89, true, reg, disp);
+    }
+    /// `mov dword [frame + disp], imm`.
+    pub fn store_imm32(&mut self, disp: usize, imm: u32) {
+        self.bytes(&[0xc7, 0x84, 0x24]);
+        self.u32(disp as u32);
+        self.u32(imm);
+    }
+    /// Stores a 64-bit constant in the frame; may use `scratch`.
+    pub fn store_imm64(&mut self, disp: usize, imm: u64, scratch: u8) {
+        if let Ok(v) = i32::try_from(imm as i64) {
+            self.bytes(&[0x48, 0xc7, 0x84, 0x24]);
+            self.u32(disp as u32);
+            self.u32(v as u32);
+        } else {
+            self.mov_imm(scratch, imm);
+            self.store(disp, scratch);
+        }
+    }
+    /// `cmp dword [frame + disp], 0`.
+    pub fn cmp_frame32_zero(&mut self, disp: usize) {
+        self.bytes(&[0x83, 0xbc, 0x24]);
+        self.u32(disp as u32);
+        self.bytes(&[0]);
+    }
+    /// `mov byte [frame + disp], imm`.
+    pub fn store_imm8(&mut self, disp: usize, imm: u8) {
+        self.bytes(&[0xc6, 0x84, 0x24]);
+        self.u32(disp as u32);
+        self.bytes(&[imm]);
+    }
+    /// `and byte [frame + disp], imm`.
+    pub fn and_frame8(&mut self, disp: usize, imm: u8) {
+        self.bytes(&[0x80, 0xa4, 0x24]);
+        self.u32(disp as u32);
+        self.bytes(&[imm]);
+    }
+    /// `or byte [frame + disp], imm`.
+    pub fn or_frame8(&mut self, disp: usize, imm: u8) {
+        self.bytes(&[0x80, 0x8c, 0x24]);
+        self.u32(disp as u32);
+        self.bytes(&[imm]);
+    }
+    /// `xor reg32, [frame + disp]`.
+    pub fn xor_frame32(&mut self, reg: u8, disp: usize) {
+        self.frame_op(0x33, false, reg, disp);
+    }
+    /// `or a, b` (64 bit).
+    pub fn or(&mut self, a: u8, b: u8) {
+        self.bytes(&[Self::rex(true, b, 0, a), 0x09, 0xc0 | (b & 7) << 3 | a & 7]);
+    }
+    /// `and a, b` (64 bit).
+    pub fn and(&mut self, a: u8, b: u8) {
+        self.bytes(&[Self::rex(true, b, 0, a), 0x21, 0xc0 | (b & 7) << 3 | a & 7]);
+    }
+    /// `test reg32, imm`.
+    pub fn test32(&mut self, reg: u8, imm: u32) {
+        self.bytes(&[Self::rex(false, 0, 0, reg), 0xf7, 0xc0 | reg & 7]);
+        self.u32(imm);
+    }
+    /// `shl reg32, n`.
+    pub fn shl32(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe0 | reg & 7, n]);
+    }
+    /// The host's RFLAGS to a register, by way of the entry stack below the frame.
+    pub fn host_flags_to(&mut self, reg: u8) {
+        self.bytes(&[0x9c, Self::rex(false, 0, 0, reg), 0x58 | reg & 7]);
+    }
+    /// Arithmetic flags from the low 16 bits of a flags image in `image` (R8-R15).
+    pub fn image_to_flags(&mut self, image: u8) {
+        use super::layout::gpr;
+        self.store(gpr(0), 0);
+        self.mov(0, image, false);
+        self.shl32(0, 8); // AH = low byte, AL = 0
+        self.bytes(&[
+            Self::rex(false, 0, 0, image),
+            0x0f,
+            0xba,
+            0xe0 | image & 7,
+            11,
+        ]); // bt image, 11
+        self.bytes(&[0x14, 0, 0x04, 0x7f, 0x9e]); // adc al, 0; add al, 7fh; sahf
+        self.load(0, gpr(0));
+    }
+    /// Brings saved flags back; if ZF was clear just before, goes on at `l` instead, with the
+    /// flags back as well.
+    pub fn restore_flags_if_nonzero(&mut self, l: Label) {
+        // jz +n; restore; jmp l; restore
+        self.bytes(&[0x74, 0]);
+        let at = self.code.len();
+        self.restore_flags();
+        self.jmp(l);
+        let n = self.code.len() - at;
+        assert!(n < 128, "short jump");
+        self.code[at - 1] = n as u8;
+        self.restore_flags();
+    }
+    /// `jmp [frame + disp]`.
+    pub fn jmp_frame(&mut self, disp: usize) {
+        self.bytes(&[0xff, 0xa4, 0x24]);
+        self.u32(disp as u32);
+    }
+    /// `call [frame + disp]`.
+    pub fn call_frame(&mut self, disp: usize) {
+        self.bytes(&[0xff, 0x94, 0x24]);
+        self.u32(disp as u32);
+    }
+    /// `mov reg, imm` in the shortest form, flags kept.
+    pub fn mov_imm(&mut self, reg: u8, imm: u64) {
+        if let Ok(v) = u32::try_from(imm) {
+            self.bytes(&[Self::rex(false, 0, 0, reg), 0xb8 | reg & 7]);
+            self.u32(v);
+        } else if let Ok(v) = i32::try_from(imm as i64) {
+            self.bytes(&[Self::rex(true, 0, 0, reg), 0xc7, 0xc0 | reg & 7]);
+            self.u32(v as u32);
+        } else {
+            self.bytes(&[Self::rex(true, 0, 0, reg), 0xb8 | reg & 7]);
+            self.bytes(&imm.to_le_bytes());
+        }
+    }
+    /// `mov dst, src`; 32 bit zero-extends.
+    pub fn mov(&mut self, dst: u8, src: u8, w: bool) {
+        self.bytes(&[
+            Self::rex(w, src, 0, dst),
+            0x89,
+            0xc0 | (src & 7) << 3 | dst & 7,
+        ]);
+    }
+    /// `lea dst, [address]`; 32 bit truncates and zero-extends. Keeps flags.
+    pub fn lea(&mut self, dst: u8, a: Address, w: bool) {
+        self.mem_op(0x8d, w, dst, a);
+    }
+    /// `mov dst, [address]` of 8 or 4 bytes.
+    pub fn load_mem(&mut self, dst: u8, a: Address, w: bool) {
+        self.mem_op(0x8b, w, dst, a);
+    }
+    /// `mov [address], src` of 8 or 4 bytes.
+    pub fn store_mem(&mut self, a: Address, src: u8, w: bool) {
+        self.mem_op(0x89, w, src, a);
+    }
+    /// `mov [address], imm32` (sign-extended) of 8 or 4 bytes.
+    pub fn store_mem_imm(&mut self, a: Address, imm: i32, w: bool) {
+        self.mem_op(0xc7, w, 0, a);
+        self.u32(imm as u32);
+    }
+    fn mem_op(&mut self, opcode: u8, w: bool, reg: u8, a: Address) {
+        let (x, scale) = a.index.map_or((RSP, 0), |(r, s)| (r, s));
+        let index_rex = a.index.map_or(0, |(r, _)| r);
+        let base_rex = a.base.unwrap_or(0);
+        self.bytes(&[Self::rex(w, reg, index_rex, base_rex), opcode]);
+        let sib = |base: u8| scale << 6 | (x & 7) << 3 | base & 7;
+        match a.base {
+            // No base: SIB with base 101 and disp32.
+            None => {
+                self.bytes(&[(reg & 7) << 3 | 4, sib(5)]);
+                self.u32(a.disp as u32);
+            }
+            Some(b) => {
+                // [rbp], [r13] need a displacement.
+                let no_disp = a.disp == 0 && b & 7 != 5;
+                let short = i8::try_from(a.disp).is_ok();
+                let md = if no_disp {
+                    0
+                } else if short {
+                    0x40
+                } else {
+                    0x80
+                };
+                self.bytes(&[md | (reg & 7) << 3 | 4, sib(b)]);
+                if !no_disp && short {
+                    self.bytes(&[a.disp as i8 as u8]);
+                } else if !no_disp {
+                    self.u32(a.disp as u32);
+                }
+            }
+        }
+    }
+    /// `pext dst, src, [frame + disp]` (BMI2, keeps flags).
+    pub fn pext_frame(&mut self, dst: u8, src: u8, disp: usize) {
+        // VEX.LZ.F3.0F38.W1 F5 /r
+        let r = if dst >= 8 { 0 } else { 0x80 };
+        self.bytes(&[
+            0xc4,
+            r | 0x40 | 0x20 | 2,
+            0x80 | (!src & 0xf) << 3 | 2,
+            0xf5,
+        ]);
+        self.bytes(&[0x84 | (dst & 7) << 3, 0x24]);
+        self.u32(disp as u32);
+    }
+    /// `op T0|T1, [frame + T1*8 + disp]`: XOR T0 (33H) or MOV T1 (8BH).
+    pub fn table_op(&mut self, opcode: u8, reg: u8, disp: usize) {
+        self.bytes(&[0x4e, opcode, 0x84 | (reg & 7) << 3, 0xdc]);
+        self.u32(disp as u32);
+    }
+    /// `jmp [frame + T1*8 + disp]`.
+    pub fn jmp_table(&mut self, disp: usize) {
+        self.bytes(&[0x42, 0xff, 0xa4, 0xdc]);
+        self.u32(disp as u32);
+    }
+    /// `cmp reg, imm32` (64 bit).
+    pub fn cmp_imm(&mut self, reg: u8, imm: i32) {
+        self.bytes(&[Self::rex(true, 0, 0, reg), 0x81, 0xf8 | reg & 7]);
+        self.u32(imm as u32);
+    }
+    /// `cmp a, b` (64 bit).
+    pub fn cmp(&mut self, a: u8, b: u8) {
+        self.bytes(&[Self::rex(true, b, 0, a), 0x39, 0xc0 | (b & 7) << 3 | a & 7]);
+    }
+    /// `shr reg32, n`.
+    pub fn shr32(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe8 | reg & 7, n]);
+    }
+    /// `and reg32, imm`.
+    pub fn and32(&mut self, reg: u8, imm: u32) {
+        self.bytes(&[Self::rex(false, 0, 0, reg), 0x81, 0xe0 | reg & 7]);
+        self.u32(imm);
+    }
+    /// `jcc label`; `cc` is the condition code of the encoding.
+    pub fn jcc(&mut self, cc: u8, l: Label) {
+        self.bytes(&[0x0f, 0x80 | cc]);
+        self.fixup(l);
+    }
+    /// `jmp label`.
+    pub fn jmp(&mut self, l: Label) {
+        self.bytes(&[0xe9]);
+        self.fixup(l);
+    }
+    fn fixup(&mut self, l: Label) {
+        self.fixups.push((self.code.len(), l));
+        self.u32(0);
+    }
+    /// `jrcxz` over the code that `skipped` emits (at most 127 bytes).
+    pub fn jrcxz_over(&mut self, skipped: impl FnOnce(&mut Emitter)) {
+        self.bytes(&[0xe3, 0]);
+        let at = self.code.len();
+        skipped(self);
+        let n = self.code.len() - at;
+        assert!(n < 128, "short jump");
+        self.code[at - 1] = n as u8;
+    }
+    /// `jrcxz` to `rcx != 0` code: jumps over when RCX is not zero.
+    pub fn unless_rcxz(&mut self, when_zero: impl FnOnce(&mut Emitter)) {
+        // jrcxz +2; jmp over; when_zero; over:
+        self.bytes(&[0xe3, 2, 0xeb, 0]);
+        let at = self.code.len();
+        when_zero(self);
+        let n = self.code.len() - at;
+        assert!(n < 128, "short jump");
+        self.code[at - 1] = n as u8;
+    }
+    /// Saves the arithmetic flags in `FrameArea::flags`; RAX goes to its home and comes back.
+    pub fn save_flags(&mut self) {
+        use super::layout::{FLAGS, gpr};
+        self.store(gpr(0), 0);
+        self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+        self.store(FLAGS, 0);
+        self.load(0, gpr(0));
+    }
+    /// Brings back what [`Emitter::save_flags`] saved. RAX's home must still hold RAX.
+    pub fn restore_flags(&mut self) {
+        use super::layout::{FLAGS, gpr};
+        self.load(0, FLAGS);
+        self.bytes(&[0x04, 0x7f, 0x9e]); // add al, 7fh; sahf
+        self.load(0, gpr(0));
+    }
+}
+
+/// Gives a buffer back empty, keeping its allocation.
+fn b_cleared(mut b: Vec<u8>) -> Vec<u8> {
+    b.clear();
+    b
+}

@@ -1,0 +1,626 @@
+//! The front end: decodes a guest block, decides per instruction, emits host code.
+//!
+//! # Registers
+//!
+//! Guest and host registers have the same number, except: guest RSP lives in host R15; guest R10,
+//! R11 and R15 live in the frame, because host RSP holds the frame and host R10/R11 are scratch.
+//! R10, R11 and R15 are nobody's implicit operand and the least used ones.
+//!
+//! # Flags
+//!
+//! The host's arithmetic flags are the guest's. DF, IF and the rest are only in `CpuState`. A
+//! memory check clobbers the flags; where liveness says that they are still needed they are saved
+//! around the check. Flags that no later instruction of the block reads before writing count as
+//! dead; if an instruction faults meanwhile, the dead flags in the exception's image may differ
+//! from hardware, unless `SoftOptions::precise_flags` is on.
+
+mod classify;
+mod flags;
+mod flow;
+mod operand;
+
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpAccess, OpKind, Register, RflagsBits,
+};
+
+use self::classify::{Fpu, fpu_kind, is_hint, may_keep_flags, stack_op, uses_mask, uses_vector};
+use super::cache::{Block, BlockKey, Exit};
+use super::emit::{Address, Emitter, Label, T0, T1};
+use super::layout::{self, reason};
+use super::mode;
+use crate::vm::SoftOptions;
+
+const ARITH: u32 = RflagsBits::OF
+    | RflagsBits::SF
+    | RflagsBits::ZF
+    | RflagsBits::AF
+    | RflagsBits::CF
+    | RflagsBits::PF;
+const SP: usize = 4;
+const HOST_SP: u8 = 15;
+
+/// What the host CPU offers the emitter.
+#[derive(Clone, Copy, Debug)]
+pub struct HostFeatures {
+    /// PEXT is there and fast.
+    pub bmi2: bool,
+}
+
+/// What a translation produced.
+pub struct Translated {
+    pub code: Vec<u8>,
+    pub block: Block,
+    pub exits: Vec<Exit>,
+}
+
+enum Cold {
+    Slow {
+        at: Label,
+        retry: Label,
+        tags: usize,
+        desc: u32,
+        rip: u64,
+    },
+    Poll {
+        at: Label,
+        rip: u64,
+    },
+    Miss {
+        at: Label,
+    },
+    FpuLoad {
+        at: Label,
+        back: Label,
+    },
+    ExitStub {
+        at: Label,
+        exit: usize,
+    },
+    JumpFar {
+        at: Label,
+        target: u64,
+    },
+    /// Leave at `rip` so that the run loop takes a waiting interrupt; `shadow`: after STI, one
+    /// instruction later.
+    Waiting {
+        at: Label,
+        rip: u64,
+        shadow: bool,
+    },
+    /// Leave for the interpreter at `rip`.
+    Interpret {
+        at: Label,
+        rip: u64,
+    },
+}
+
+/// One instruction's place in the block.
+struct Decoded {
+    i: Instruction,
+    /// Arithmetic flags that are live before it.
+    live: u32,
+}
+
+pub struct Front<'a> {
+    e: Emitter,
+    key: BlockKey,
+    options: &'a SoftOptions,
+    host: HostFeatures,
+    info: InstructionInfoFactory,
+    cold: Vec<Cold>,
+    exits: Vec<(Exit, Label, usize)>,
+    first_exit: u32,
+    fpu_ready: bool,
+    code64: bool,
+    view: usize,
+}
+
+/// Host register for a guest register that lives in one.
+fn host_reg(g: usize) -> Option<u8> {
+    match g {
+        SP => Some(HOST_SP),
+        10 | 11 | 15 => None,
+        _ => Some(g as u8),
+    }
+}
+
+/// Number and size in bytes of a general-purpose register; `None` for others and AH-BH.
+fn gpr_of(r: Register) -> Option<(usize, usize)> {
+    if r.is_gpr8() {
+        let n = r as usize - Register::AL as usize;
+        // AL CL DL BL, AH CH DH BH, SPL BPL SIL DIL, R8L …
+        return match n {
+            0..=3 => Some((n, 1)),
+            4..=7 => None,
+            _ => Some((n - 4, 1)),
+        };
+    }
+    if r.is_gpr() {
+        return Some((r.number(), r.size()));
+    }
+    None
+}
+
+/// The iced register for a number and size.
+fn reg_named(n: u8, size: usize) -> Register {
+    let base = match size {
+        1 if n < 4 => return Register::AL + u32::from(n),
+        1 => return Register::SPL + u32::from(n - 4),
+        2 => Register::AX,
+        4 => Register::EAX,
+        _ => Register::RAX,
+    };
+    base + u32::from(n)
+}
+
+impl<'a> Front<'a> {
+    /// Translates the block at `bytes` (from the block's first byte to the end of its page), which
+    /// will execute at `base`. `first_exit` is the index its first exit will get.
+    pub fn translate(
+        bytes: &[u8],
+        key: BlockKey,
+        base: u64,
+        first_exit: u32,
+        force_poll: bool,
+        allows: &dyn Fn(&Instruction) -> bool,
+        options: &'a SoftOptions,
+        host: HostFeatures,
+    ) -> Translated {
+        let code64 = key.mode & mode::CODE64 != 0;
+        let mut f = Front {
+            e: Emitter::new(base),
+            key,
+            options,
+            host,
+            info: InstructionInfoFactory::new(),
+            cold: Vec::new(),
+            exits: Vec::new(),
+            first_exit,
+            fpu_ready: false,
+            code64,
+            view: (key.mode & mode::VIEW) as usize,
+        };
+        let list = f.decode(bytes, allows);
+        let (entry, checked, polls) = f.prologue(&list, force_poll);
+        let mut map = Vec::with_capacity(list.len());
+        let mut ended = false;
+        let mut next_rip = key.rip;
+        for d in &list {
+            map.push((f.e.len() as u32, (d.i.ip() - key.rip) as u16));
+            next_rip = f.wrap_ip(d.i.next_ip());
+            if f.one(d) {
+                ended = true;
+                break;
+            }
+        }
+        if list.is_empty() {
+            // The first instruction reaches into the next page or does not decode.
+            map.push((f.e.len() as u32, 0));
+            f.interpret_at(key.rip);
+        } else if !ended {
+            f.direct_exit(next_rip);
+        }
+        f.emit_cold();
+        let refused = |d: &Decoded| d.i.code() == Code::INVALID || f.refuses(&d.i);
+        let first = list.first().is_none_or(refused);
+        f.finish(
+            list.len() as u32,
+            next_rip,
+            map,
+            entry,
+            checked,
+            polls,
+            first,
+        )
+    }
+
+    fn finish(
+        self,
+        insns: u32,
+        next_rip: u64,
+        map: Vec<(u32, u16)>,
+        entry: Label,
+        checked: Label,
+        polls: bool,
+        interpret_first: bool,
+    ) -> Translated {
+        let exits = self
+            .exits
+            .iter()
+            .map(|(x, stub, at)| Exit {
+                patch_at: *at as u32,
+                stub_at: self.e.offset_of(*stub) as u32,
+                ..x.clone()
+            })
+            .collect();
+        let block = Block {
+            key: self.key,
+            entry: self.e.offset_of(entry) as u32,
+            checked_entry: self.e.offset_of(checked) as u32,
+            start: 0,
+            end: self.e.len() as u32,
+            guest_len: next_rip.wrapping_sub(self.key.rip).clamp(1, 4096) as u32,
+            insns: insns.max(1),
+            map,
+            incoming: Vec::new(),
+            interpret_first,
+            polls,
+            dead: false,
+        };
+        Translated {
+            code: self.e.finish(),
+            block,
+            exits,
+        }
+    }
+
+    fn wrap_ip(&self, ip: u64) -> u64 {
+        if self.code64 { ip } else { ip & 0xffff_ffff }
+    }
+
+    /// Decodes up to the first instruction that ends the block, then computes flag liveness.
+    fn decode(&mut self, bytes: &[u8], allows: &dyn Fn(&Instruction) -> bool) -> Vec<Decoded> {
+        let bits = if self.code64 { 64 } else { 32 };
+        let mut dec = Decoder::with_ip(bits, bytes, self.key.rip, DecoderOptions::NONE);
+        let mut list = Vec::new();
+        while list.len() < self.options.block_insns_max && dec.can_decode() {
+            let i = dec.decode();
+            if i.is_invalid() {
+                // Undefined, or cut off by the end of the page: the interpreter knows.
+                break;
+            }
+            let ends = i.flow_control() != FlowControl::Next || !allows(&i) || self.refuses(&i);
+            list.push(Decoded { i, live: 0 });
+            if ends {
+                break;
+            }
+        }
+        let mut live = ARITH;
+        for d in list.iter_mut().rev() {
+            let i = &d.i;
+            if !allows(i) || self.refuses(i) {
+                live = ARITH;
+            } else {
+                let kills = if may_keep_flags(i) {
+                    0
+                } else {
+                    i.rflags_modified() & ARITH
+                };
+                live = (live & !kills) | (i.rflags_read() & ARITH);
+            }
+            d.live = if self.options.precise_flags {
+                ARITH
+            } else {
+                live
+            };
+            if !allows(i) {
+                // Marked for the interpreter by an impossible code.
+                d.i.set_code(Code::INVALID);
+            }
+        }
+        list
+    }
+
+    /// True for instructions that this translator leaves to the interpreter.
+    fn refuses(&mut self, i: &Instruction) -> bool {
+        let m = i.mnemonic();
+        if flags::handles(i, self.key.mode) {
+            return false;
+        }
+        if i.code() == Code::INVALID || i.is_privileged() || i.is_string_instruction() {
+            return true;
+        }
+        if matches!(
+            i.flow_control(),
+            FlowControl::ConditionalBranch
+                | FlowControl::UnconditionalBranch
+                | FlowControl::IndirectBranch
+                | FlowControl::Call
+                | FlowControl::IndirectCall
+                | FlowControl::Return
+        ) {
+            return !self.branch_supported(i);
+        }
+        if i.flow_control() != FlowControl::Next {
+            return true;
+        }
+        if stack_op(i, self.code64) {
+            return i.op0_kind() == OpKind::Memory && !self.plain_memory(i);
+        }
+        if crate::sys::handles(m) || i.is_stack_instruction() || !self.fpu_enabled(i) {
+            return true;
+        }
+        if matches!(
+            m,
+            Mnemonic::Xlatb
+                | Mnemonic::Cld
+                | Mnemonic::Std
+                | Mnemonic::Fldenv
+                | Mnemonic::Fnstenv
+                | Mnemonic::Fstenv
+                | Mnemonic::Fnsave
+                | Mnemonic::Fsave
+                | Mnemonic::Frstor
+                | Mnemonic::Maskmovq
+                | Mnemonic::Maskmovdqu
+                | Mnemonic::Vmaskmovdqu
+                | Mnemonic::Clflush
+                | Mnemonic::Clflushopt
+                | Mnemonic::Clwb
+                | Mnemonic::Clzero
+                | Mnemonic::Ldmxcsr
+                | Mnemonic::Vldmxcsr
+                | Mnemonic::Salc
+        ) {
+            return true;
+        }
+        for n in 0..i.op_count() {
+            if i.op_kind(n) == OpKind::Register {
+                let r = i.op_register(n);
+                if r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr() {
+                    return true;
+                }
+            }
+        }
+        let explicit = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        if !explicit {
+            // Implicit memory operands (pushes, strings) are not plain computation.
+            return !self.info.info(i).used_memory().is_empty();
+        }
+        let bit_string = matches!(
+            m,
+            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+        ) && i.op0_kind() == OpKind::Memory
+            && i.op1_kind() == OpKind::Register;
+        if bit_string || i.is_vsib() || !self.plain_memory(i) {
+            return true;
+        }
+        let mem = self.info.info(i).used_memory().to_vec();
+        match mem.as_slice() {
+            [] => m != Mnemonic::Lea && !is_hint(m),
+            [one] => {
+                one.access() != OpAccess::NoMemAccess
+                    && !matches!(i.memory_size().size(), 1 | 2 | 4 | 8 | 10 | 16 | 32 | 64)
+            }
+            _ => true,
+        }
+    }
+
+    /// The memory operand can be addressed: known base sizes, segments whose base is 0 or is read
+    /// from the frame.
+    fn plain_memory(&self, i: &Instruction) -> bool {
+        let part = |r: Register| r == Register::None || r.is_gpr32() || r.is_gpr64() || r.is_ip();
+        if !part(i.memory_base()) || !part(i.memory_index()) {
+            return false;
+        }
+        match i.memory_segment() {
+            Register::FS => self.code64 || self.key.mode & mode::FS_FLAT != 0,
+            Register::GS => self.code64 || self.key.mode & mode::GS_FLAT != 0,
+            // Not writable outside 64-bit mode; rare enough for the interpreter.
+            Register::CS => self.code64,
+            _ => true,
+        }
+    }
+
+    fn branch_supported(&self, i: &Instruction) -> bool {
+        let near = match i.op0_kind() {
+            OpKind::NearBranch16 => return false,
+            OpKind::NearBranch32 => !self.code64,
+            OpKind::NearBranch64 => self.code64,
+            _ => false,
+        };
+        match i.code() {
+            Code::Retnq | Code::Retnq_imm16 => true,
+            Code::Retnd | Code::Retnd_imm16 => !self.code64,
+            Code::Call_rm64 | Code::Jmp_rm64 | Code::Call_rm32 | Code::Jmp_rm32 => {
+                i.op0_kind() == OpKind::Register || self.plain_memory(i)
+            }
+            _ if i.is_jcc_short_or_near() || i.is_jmp_short_or_near() || i.is_call_near() => near,
+            _ => false,
+        }
+    }
+
+    /// The units the instruction needs are switched on in this mode (else it raises #NM or #UD).
+    fn fpu_enabled(&self, i: &Instruction) -> bool {
+        use iced_x86::EncodingKind as K;
+        let m = self.key.mode;
+        match i.encoding() {
+            K::VEX if uses_mask(i) => m & mode::AVX512 != 0,
+            K::VEX if uses_vector(i) => m & mode::AVX != 0,
+            K::VEX => true,
+            K::EVEX => m & mode::AVX512 != 0,
+            K::Legacy | K::D3NOW => match fpu_kind(i) {
+                Fpu::None => true,
+                Fpu::X87 => m & mode::X87 != 0,
+                Fpu::Sse => m & mode::SSE != 0,
+            },
+            _ => false,
+        }
+    }
+
+    /// Entry points. The checked entry proves that R10 is this block's RIP; the plain entry may
+    /// poll the exit request.
+    fn prologue(&mut self, list: &[Decoded], force_poll: bool) -> (Label, Label, bool) {
+        let live = list.first().is_none_or(|d| d.live != 0);
+        let rip = self.key.rip;
+        let checked = self.e.here();
+        if live {
+            // Flag-free: RCX = (R10 - RIP) + exit request, zero if all is well.
+            self.e.store(layout::SAVE_RCX, 1);
+            self.e.mov_imm(1, rip.wrapping_neg());
+            self.e.lea(
+                1,
+                Address {
+                    base: Some(1),
+                    index: Some((T0, 0)),
+                    disp: 0,
+                },
+                true,
+            );
+            self.e.load32(T1, layout::EXIT_REQUEST);
+            self.e.lea(
+                1,
+                Address {
+                    base: Some(1),
+                    index: Some((T1, 0)),
+                    disp: 0,
+                },
+                true,
+            );
+            self.e.jrcxz_over(|e| {
+                e.load(1, layout::SAVE_RCX);
+                e.jmp_frame(layout::STUB_MISS);
+            });
+            self.e.load(1, layout::SAVE_RCX);
+        } else {
+            match i32::try_from(rip as i64) {
+                Ok(v) => self.e.cmp_imm(T0, v),
+                Err(_) => {
+                    self.e.mov_imm(T1, rip);
+                    self.e.cmp(T0, T1);
+                }
+            }
+            let at = self.e.label();
+            self.e.jcc(5, at);
+            self.cold.push(Cold::Miss { at });
+        }
+        let entry = self.e.here();
+        let at = self.e.label();
+        if !live {
+            self.e.cmp_frame32_zero(layout::EXIT_REQUEST);
+            self.e.jcc(5, at);
+            self.cold.push(Cold::Poll { at, rip });
+        } else if force_poll {
+            self.e.store(layout::SAVE_RCX, 1);
+            self.e.load32(1, layout::EXIT_REQUEST);
+            self.e.jrcxz_over(|e| {
+                e.load(1, layout::SAVE_RCX);
+                e.jmp(at);
+            });
+            self.e.load(1, layout::SAVE_RCX);
+            self.cold.push(Cold::Poll { at, rip });
+        }
+        (entry, checked, !live || force_poll)
+    }
+
+    /// Emits one instruction. True if it ended the block.
+    fn one(&mut self, d: &Decoded) -> bool {
+        let i = &d.i;
+        if i.code() == Code::INVALID || self.refuses(i) {
+            self.interpret_at(i.ip());
+            return true;
+        }
+        if i.flow_control() != FlowControl::Next {
+            self.branch(d);
+            return true;
+        }
+        if flags::handles(i, self.key.mode) {
+            self.flag_insn(d);
+            return false;
+        }
+        if stack_op(i, self.code64) {
+            self.stack(d);
+            return false;
+        }
+        if is_hint(i.mnemonic()) && i.mnemonic() != Mnemonic::Pause {
+            return false;
+        }
+        if fpu_kind(i) != Fpu::None || uses_vector(i) {
+            self.need_fpu(d.live != 0);
+        }
+        if self.copy(d) {
+            return false;
+        }
+        self.interpret_at(i.ip());
+        true
+    }
+
+    /// Leaves for the interpreter at `rip`.
+    fn interpret_at(&mut self, rip: u64) {
+        self.e.store_imm64(layout::RIP, rip, T0);
+        self.e.store_imm32(layout::REASON, reason::INTERPRET);
+        self.e.jmp_frame(layout::STUB_EXIT);
+    }
+
+    /// Makes sure that the guest's vector state is in the host's registers.
+    fn need_fpu(&mut self, flags_live: bool) {
+        if std::mem::replace(&mut self.fpu_ready, true) {
+            return;
+        }
+        if flags_live {
+            self.e.store(layout::SAVE_RCX, 1);
+            self.e.load32(1, layout::FPU_LIVE);
+            self.e.unless_rcxz(|e| e.call_frame(layout::STUB_FPU));
+            self.e.load(1, layout::SAVE_RCX);
+        } else {
+            let (at, back) = (self.e.label(), self.e.label());
+            self.e.cmp_frame32_zero(layout::FPU_LIVE);
+            self.e.jcc(4, at);
+            self.e.bind(back);
+            self.cold.push(Cold::FpuLoad { at, back });
+        }
+    }
+
+    fn emit_cold(&mut self) {
+        for c in std::mem::take(&mut self.cold) {
+            match c {
+                Cold::Slow {
+                    at,
+                    retry,
+                    tags,
+                    desc,
+                    rip,
+                } => {
+                    self.e.bind(at);
+                    self.e.table_op(0x33, T0, tags); // T0 = linear address again
+                    self.e.store_imm64(layout::RIP, rip, T1);
+                    self.e.mov_imm(T1, u64::from(desc));
+                    self.e.call_frame(layout::STUB_SLOW);
+                    self.e.jmp(retry);
+                }
+                Cold::Poll { at, rip } => {
+                    self.e.bind(at);
+                    self.e.store_imm64(layout::RIP, rip, T0);
+                    self.e.store_imm32(layout::REASON, reason::POLL);
+                    self.e.jmp_frame(layout::STUB_EXIT);
+                }
+                Cold::Miss { at } => {
+                    self.e.bind(at);
+                    self.e.jmp_frame(layout::STUB_MISS);
+                }
+                Cold::FpuLoad { at, back } => {
+                    self.e.bind(at);
+                    self.e.call_frame(layout::STUB_FPU);
+                    self.e.jmp(back);
+                }
+                Cold::ExitStub { at, exit } => {
+                    self.e.bind(at);
+                    let target = self.exits[exit].0.target;
+                    self.e.store_imm64(layout::RIP, target, T0);
+                    self.e.store_imm32(layout::REASON, reason::LINK);
+                    self.e
+                        .store_imm32(layout::LINK, self.first_exit + exit as u32);
+                    self.e.jmp_frame(layout::STUB_EXIT);
+                }
+                Cold::JumpFar { at, target } => {
+                    self.e.bind(at);
+                    self.far_jump(target);
+                }
+                Cold::Waiting { at, rip, shadow } => {
+                    self.e.bind(at);
+                    if shadow {
+                        self.e.store_imm8(layout::SHADOW, 1);
+                    }
+                    self.e.store_imm64(layout::RIP, rip, T0);
+                    self.e.store_imm32(layout::REASON, reason::POLL);
+                    self.e.jmp_frame(layout::STUB_EXIT);
+                }
+                Cold::Interpret { at, rip } => {
+                    self.e.bind(at);
+                    self.interpret_at(rip);
+                }
+            }
+        }
+    }
+}

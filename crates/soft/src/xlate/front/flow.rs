@@ -1,0 +1,292 @@
+//! Stack instructions and everything that leaves a block.
+
+use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind};
+
+use super::classify::condition;
+use super::{Cold, Decoded, Exit, Front, HOST_SP, SP, gpr_of, host_reg};
+use crate::xlate::emit::{Address, Label, T0, T1};
+use crate::xlate::layout::{self, gpr};
+
+impl Front<'_> {
+    /// Size in bytes of a stack slot.
+    pub(super) fn slot(&self) -> usize {
+        if self.code64 { 8 } else { 4 }
+    }
+
+    /// Checks the slot below the stack pointer for writing: `[T1 + T0]`.
+    pub(super) fn push_check(&mut self, rip: u64, flags_live: bool) {
+        let n = self.slot();
+        let w = self.code64;
+        self.check_with(rip, n, true, flags_live, |f| {
+            let a = Address {
+                base: Some(HOST_SP),
+                index: None,
+                disp: -(n as i32),
+            };
+            f.e.lea(T0, a, w);
+        });
+    }
+
+    /// Checks the slot at the stack pointer for reading.
+    pub(super) fn pop_check(&mut self, rip: u64, base: u8, flags_live: bool) {
+        let (n, w) = (self.slot(), self.code64);
+        self.check_with(rip, n, false, flags_live, |f| f.e.mov(T0, base, w));
+    }
+
+    pub(super) fn move_sp(&mut self, by: i32) {
+        let a = Address {
+            base: Some(HOST_SP),
+            index: None,
+            disp: by,
+        };
+        self.e.lea(HOST_SP, a, self.code64);
+    }
+
+    pub(super) const OPERAND: Address = Address {
+        base: Some(T1),
+        index: Some((T0, 0)),
+        disp: 0,
+    };
+
+    pub(super) fn push_const(&mut self, rip: u64, value: u64, flags_live: bool) {
+        let (n, w) = (self.slot() as i32, self.code64);
+        self.push_check(rip, flags_live);
+        let small = if w {
+            i32::try_from(value as i64).ok()
+        } else {
+            Some(value as u32 as i32)
+        };
+        if let Some(v) = small {
+            self.e.store_mem_imm(Self::OPERAND, v, w);
+        } else {
+            self.e.lea(T1, Self::OPERAND, true);
+            self.e.mov_imm(T0, value);
+            self.e.store_mem(
+                Address {
+                    base: Some(T1),
+                    ..Address::default()
+                },
+                T0,
+                w,
+            );
+        }
+        self.move_sp(-n);
+    }
+
+    /// Pushes what is in a frame slot.
+    pub(super) fn push_frame(&mut self, rip: u64, at: usize, flags_live: bool) {
+        let (n, w) = (self.slot() as i32, self.code64);
+        self.push_check(rip, flags_live);
+        self.e.lea(T1, Self::OPERAND, true);
+        self.e.load(T0, at);
+        self.e.store_mem(
+            Address {
+                base: Some(T1),
+                ..Address::default()
+            },
+            T0,
+            w,
+        );
+        self.move_sp(-n);
+    }
+
+    /// PUSH, POP and LEAVE.
+    pub(super) fn stack(&mut self, d: &Decoded) {
+        let i = &d.i;
+        let live = d.live != 0;
+        let (n, w) = (self.slot() as i32, self.code64);
+        match i.mnemonic() {
+            Mnemonic::Push => match i.op0_kind() {
+                OpKind::Register => {
+                    let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
+                    match host_reg(g) {
+                        Some(h) => {
+                            self.push_check(i.ip(), live);
+                            self.e.store_mem(Self::OPERAND, h, w);
+                            self.move_sp(-n);
+                        }
+                        None => self.push_frame(i.ip(), gpr(g), live),
+                    }
+                }
+                OpKind::Memory => {
+                    self.check(i, n as usize, false, live);
+                    self.e.load_mem(T0, Self::OPERAND, w);
+                    self.e.store(layout::VALUE, T0);
+                    self.push_frame(i.ip(), layout::VALUE, live);
+                }
+                _ => self.push_const(i.ip(), i.immediate(0), live),
+            },
+            Mnemonic::Pop => {
+                let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
+                self.pop_check(i.ip(), HOST_SP, live);
+                match host_reg(g) {
+                    Some(h) => {
+                        self.e.load_mem(h, Self::OPERAND, w);
+                        if g != SP {
+                            self.move_sp(n);
+                        }
+                    }
+                    None => {
+                        self.e.load_mem(T0, Self::OPERAND, w);
+                        self.e.store(gpr(g), T0);
+                        self.move_sp(n);
+                    }
+                }
+            }
+            _ => {
+                // LEAVE: RSP = RBP + slot, RBP = [RBP].
+                self.pop_check(i.ip(), 5, live);
+                self.e.load_mem(T0, Self::OPERAND, w);
+                self.e.lea(
+                    HOST_SP,
+                    Address {
+                        base: Some(5),
+                        index: None,
+                        disp: n,
+                    },
+                    w,
+                );
+                self.e.mov(5, T0, w);
+            }
+        }
+    }
+
+    pub(super) fn branch(&mut self, d: &Decoded) {
+        let i = &d.i;
+        let next = self.wrap_ip(i.next_ip());
+        match i.flow_control() {
+            FlowControl::UnconditionalBranch => {
+                let t = self.wrap_ip(i.near_branch_target());
+                self.direct_exit(t);
+            }
+            FlowControl::ConditionalBranch => {
+                let cc = condition(i);
+                let t = self.wrap_ip(i.near_branch_target());
+                self.conditional_exit(cc, t);
+                self.direct_exit(next);
+            }
+            FlowControl::Call => {
+                self.push_const(i.ip(), next, true);
+                let t = self.wrap_ip(i.near_branch_target());
+                self.direct_exit(t);
+            }
+            FlowControl::IndirectCall => {
+                self.load_target(i);
+                self.push_const(i.ip(), next, true);
+                self.e.load(T0, layout::TARGET);
+                self.indirect_exit();
+            }
+            FlowControl::IndirectBranch => {
+                self.load_target(i);
+                self.e.load(T0, layout::TARGET);
+                self.indirect_exit();
+            }
+            _ => {
+                let extra = if i.op_count() == 1 {
+                    i32::from(i.immediate16())
+                } else {
+                    0
+                };
+                let n = self.slot() as i32;
+                self.pop_check(i.ip(), HOST_SP, true);
+                self.e.load_mem(T0, Self::OPERAND, self.code64);
+                self.move_sp(n + extra);
+                self.indirect_exit();
+            }
+        }
+    }
+
+    /// The operand of an indirect branch, to `FrameArea::target`.
+    pub(super) fn load_target(&mut self, i: &Instruction) {
+        let w = self.code64;
+        if i.op0_kind() == OpKind::Register {
+            let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
+            match host_reg(g) {
+                Some(h) => self.e.store(layout::TARGET, h),
+                None => {
+                    self.e.load(T0, gpr(g));
+                    self.e.store(layout::TARGET, T0);
+                }
+            }
+        } else {
+            self.check(i, self.slot(), false, true);
+            self.e.load_mem(T0, Self::OPERAND, w);
+            self.e.store(layout::TARGET, T0);
+        }
+    }
+
+    /// Goes on at the guest RIP in T0, through the jump cache.
+    pub(super) fn indirect_exit(&mut self) {
+        if self.host.bmi2 {
+            self.e.pext_frame(T1, T0, layout::JC_MASK_AT);
+        } else {
+            // The flags must survive: they may be live in the target.
+            self.e.save_flags();
+            self.e.mov(T1, T0, false);
+            self.e.and32(T1, layout::JC_MASK as u32);
+            self.e.restore_flags();
+        }
+        self.e.jmp_table(layout::jump_cache(self.view));
+    }
+
+    /// True if a direct link to `target` stays right as long as this block is reachable: it is in
+    /// the same page of the same mapping.
+    pub(super) fn linkable(&self, target: u64) -> bool {
+        self.options.link && (target ^ self.key.rip) >> 12 == 0
+    }
+
+    pub(super) fn far_jump(&mut self, target: u64) {
+        self.e.mov_imm(T0, target);
+        let slot = (target & layout::JC_MASK) as usize;
+        self.e.jmp_frame(layout::jump_cache(self.view) + 8 * slot);
+    }
+
+    /// Ends the block by going on at `target`.
+    pub(super) fn direct_exit(&mut self, target: u64) {
+        if self.linkable(target) {
+            let stub = self.new_exit(target);
+            self.e.jmp(stub);
+            self.note_patch();
+        } else {
+            self.far_jump(target);
+        }
+    }
+
+    pub(super) fn conditional_exit(&mut self, cc: u8, target: u64) {
+        if self.linkable(target) {
+            let stub = self.new_exit(target);
+            self.e.jcc(cc, stub);
+            self.note_patch();
+        } else {
+            let at = self.e.label();
+            self.e.jcc(cc, at);
+            self.cold.push(Cold::JumpFar { at, target });
+        }
+    }
+
+    pub(super) fn new_exit(&mut self, target: u64) -> Label {
+        let at = self.e.label();
+        let exit = self.exits.len();
+        self.exits.push((
+            Exit {
+                target,
+                patch_at: 0,
+                stub_at: 0,
+                linked: None,
+                owner: 0,
+            },
+            at,
+            0,
+        ));
+        self.cold.push(Cold::ExitStub { at, exit });
+        at
+    }
+
+    /// Remembers the rel32 just emitted as the last exit's patch place.
+    pub(super) fn note_patch(&mut self) {
+        let at = self.e.len() - 4;
+        if let Some(x) = self.exits.last_mut() {
+            x.2 = at;
+        }
+    }
+}

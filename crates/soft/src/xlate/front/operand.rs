@@ -1,0 +1,263 @@
+//! Copied instructions: operands, addresses, the soft-TLB check.
+
+use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+
+use super::classify::normalise;
+use super::{Cold, Decoded, Front, gpr_of, host_reg, reg_named};
+use crate::frame::TLB_BITS;
+use crate::xlate::emit::{Address, Emitter, T0, T1};
+use crate::xlate::layout::{self, gpr};
+
+impl Front<'_> {
+    /// Copies an instruction with registers renamed and its memory operand replaced. False if it
+    /// has to be left to the interpreter; nothing was emitted then that matters.
+    pub(super) fn copy(&mut self, d: &Decoded) -> bool {
+        let mut i = d.i;
+        normalise(&mut i);
+        let m = i.mnemonic();
+        let mem_op = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory);
+        // Spilled registers among the explicit operands, with what happens to them.
+        let mut spilled: Vec<(usize, bool)> = Vec::new();
+        {
+            let info = self.info.info(&i);
+            for n in 0..i.op_count() {
+                if i.op_kind(n) != OpKind::Register {
+                    continue;
+                }
+                let Some((g, _)) = gpr_of(i.op_register(n)) else {
+                    continue;
+                };
+                if host_reg(g).is_none() {
+                    let written = !matches!(info.op_access(n), OpAccess::Read | OpAccess::CondRead);
+                    match spilled.iter_mut().find(|(s, _)| *s == g) {
+                        Some(s) => s.1 |= written,
+                        None => spilled.push((g, written)),
+                    }
+                }
+            }
+        }
+        let is_lea = m == Mnemonic::Lea;
+        let room = if mem_op.is_some() && !is_lea { 1 } else { 2 };
+        if spilled.len() > room {
+            return false;
+        }
+        let rewrite = |i: &mut Instruction, spilled: &[(usize, bool)], first: u8| {
+            for n in 0..i.op_count() {
+                if i.op_kind(n) == OpKind::Register
+                    && let Some((g, size)) = gpr_of(i.op_register(n))
+                {
+                    let host = host_reg(g).unwrap_or_else(|| {
+                        let at = spilled.iter().position(|(s, _)| *s == g).unwrap_or(0);
+                        if at == 0 { first } else { T1 }
+                    });
+                    i.set_op_register(n, reg_named(host, size));
+                }
+            }
+        };
+        if is_lea {
+            return self.lea(&d.i, &spilled);
+        }
+        if let Some(op) = mem_op {
+            let (size, write) = {
+                let info = self.info.info(&i);
+                let Some(u) = info.used_memory().first() else {
+                    return false;
+                };
+                let write = !matches!(u.access(), OpAccess::Read | OpAccess::CondRead);
+                (i.memory_size().size(), write)
+            };
+            // Try the encoding first, so that a refusal leaves nothing behind.
+            let mut probe = i;
+            self.set_memory(&mut probe, op, !spilled.is_empty());
+            rewrite(&mut probe, &spilled, T0);
+            if !Emitter::new(0).insn(&probe) {
+                return false;
+            }
+            self.check(&d.i, size, write, d.live != 0);
+            if let Some(&(g, _)) = spilled.first() {
+                self.e.lea(
+                    T1,
+                    Address {
+                        base: Some(T1),
+                        index: Some((T0, 0)),
+                        disp: 0,
+                    },
+                    true,
+                );
+                self.e.load(T0, gpr(g));
+            }
+            self.e.insn(&probe);
+            if let Some(&(g, true)) = spilled.first() {
+                self.e.store(gpr(g), T0);
+            }
+            return true;
+        }
+        let mut probe = i;
+        rewrite(&mut probe, &spilled, T0);
+        if !Emitter::new(0).insn(&probe) {
+            return false;
+        }
+        for (n, &(g, _)) in spilled.iter().enumerate() {
+            self.e.load(if n == 0 { T0 } else { T1 }, gpr(g));
+        }
+        self.e.insn(&probe);
+        for (n, &(g, written)) in spilled.iter().enumerate() {
+            if written {
+                self.e.store(gpr(g), if n == 0 { T0 } else { T1 });
+            }
+        }
+        true
+    }
+
+    /// Replaces the memory operand by `[T1 + T0]`, or `[T1]` if T0 is needed.
+    pub(super) fn set_memory(&self, i: &mut Instruction, op: u32, t0_taken: bool) {
+        let _ = op;
+        i.set_segment_prefix(Register::None);
+        i.set_memory_base(Register::R11);
+        i.set_memory_index(if t0_taken {
+            Register::None
+        } else {
+            Register::R10
+        });
+        i.set_memory_index_scale(1);
+        i.set_memory_displacement64(0);
+        i.set_memory_displ_size(0);
+    }
+
+    pub(super) fn lea(&mut self, i: &Instruction, spilled: &[(usize, bool)]) -> bool {
+        let Some((g, size)) = gpr_of(i.op_register(0)) else {
+            return false;
+        };
+        if size == 2 {
+            return false;
+        }
+        let _ = spilled;
+        self.address_into(T0, i, false);
+        match (host_reg(g), size) {
+            (Some(h), 8) => self.e.mov(h, T0, true),
+            (Some(h), _) => self.e.mov(h, T0, false),
+            (None, 8) => self.e.store(gpr(g), T0),
+            (None, _) => {
+                self.e.mov(T0, T0, false);
+                self.e.store(gpr(g), T0);
+            }
+        }
+        true
+    }
+
+    /// Computes an instruction's effective (with segment base: linear) address into `dst`.
+    /// Keeps flags; uses T0 and T1.
+    pub(super) fn address_into(&mut self, dst: u8, i: &Instruction, with_segment: bool) {
+        let base = i.memory_base();
+        let index = i.memory_index();
+        let asz64 = if base != Register::None {
+            base.size() == 8
+        } else if index != Register::None {
+            index.size() == 8
+        } else {
+            self.code64 && i.memory_displ_size() == 8 || i.memory_displacement64() > 0xffff_ffff
+        };
+        let disp = i.memory_displacement64();
+        if base.is_ip() || (base == Register::None && index == Register::None) {
+            let addr = if self.code64 {
+                disp
+            } else {
+                disp & 0xffff_ffff
+            };
+            self.e.mov_imm(dst, addr);
+        } else {
+            let mut a = Address {
+                disp: disp as u32 as i32,
+                ..Address::default()
+            };
+            if let Some((g, _)) = gpr_of(base) {
+                a.base = Some(match host_reg(g) {
+                    Some(h) => h,
+                    None => {
+                        self.e.load(T0, gpr(g));
+                        T0
+                    }
+                });
+            }
+            if let Some((g, _)) = gpr_of(index) {
+                let h = match host_reg(g) {
+                    Some(h) => h,
+                    None => {
+                        self.e.load(T1, gpr(g));
+                        T1
+                    }
+                };
+                a.index = Some((h, i.memory_index_scale().trailing_zeros() as u8));
+            }
+            self.e.lea(dst, a, asz64);
+        }
+        let seg = match i.memory_segment() {
+            Register::FS => Some(pyrite_x86::sreg::FS),
+            Register::GS => Some(pyrite_x86::sreg::GS),
+            _ => None,
+        };
+        if with_segment && let Some(s) = seg {
+            self.e.load(T1, layout::seg_base(s));
+            let a = Address {
+                base: Some(dst),
+                index: Some((T1, 0)),
+                disp: 0,
+            };
+            self.e.lea(dst, a, self.code64);
+        }
+    }
+
+    /// Soft-TLB check of the instruction's memory operand. Afterwards `[T1 + T0]` is the operand.
+    pub(super) fn check(&mut self, i: &Instruction, size: usize, write: bool, flags_live: bool) {
+        let i = *i;
+        self.check_with(i.ip(), size, write, flags_live, |f| {
+            f.address_into(T0, &i, true)
+        });
+    }
+
+    pub(super) fn check_with(
+        &mut self,
+        rip: u64,
+        size: usize,
+        write: bool,
+        flags_live: bool,
+        address: impl FnOnce(&mut Self),
+    ) {
+        if flags_live {
+            self.e.save_flags();
+        }
+        let retry = self.e.here();
+        address(self);
+        if self.host.bmi2 {
+            self.e.pext_frame(T1, T0, layout::TLB_MASK);
+        } else {
+            self.e.mov(T1, T0, false);
+            self.e.shr32(T1, 12);
+            self.e.and32(T1, (1 << TLB_BITS) - 1);
+        }
+        let tags = if write {
+            layout::tlb_write(self.view)
+        } else {
+            layout::tlb_read(self.view)
+        };
+        self.e.table_op(0x33, T0, tags);
+        self.e.cmp_imm(T0, 4096 - size as i32);
+        let at = self.e.label();
+        self.e.jcc(7, at);
+        self.e.table_op(0x8b, T1, layout::tlb_host(self.view));
+        if flags_live {
+            self.e.restore_flags();
+        }
+        let mut desc = size as u32 | u32::from(write) << 8 | (self.view as u32) << 16;
+        if flags_live {
+            desc |= crate::xlate::stubs::DESC_FLAGS_SAVED;
+        }
+        self.cold.push(Cold::Slow {
+            at,
+            retry,
+            tags,
+            desc,
+            rip,
+        });
+    }
+}

@@ -1,0 +1,132 @@
+//! Offsets that emitted code and the stubs use, and the translator's part of the frame.
+
+use std::mem::offset_of;
+
+use pyrite_x86::{CpuState, Segment};
+
+use crate::frame::{Frame, TlbView, VIEWS};
+
+/// log2 of the entries of a jump cache.
+pub const JC_BITS: u32 = 12;
+/// Entries of a jump cache.
+pub const JC_ENTRIES: usize = 1 << JC_BITS;
+/// Mask of the RIP bits that select the jump-cache entry. It holds bit 0, so two addresses that
+/// differ by one never share an entry; the checked entry of a block relies on that.
+pub const JC_MASK: u64 = (1 << JC_BITS) - 1;
+
+/// What emitted code and its stubs keep for themselves in the [`Frame`].
+#[repr(C)]
+pub struct FrameArea {
+    /// Arithmetic flags in LAHF form: AH as LAHF stores it, AL = OF.
+    pub flags: u64,
+    /// The host stack while translated code runs.
+    pub host_rsp: u64,
+    /// Where to enter, or the target of an indirect branch in the making.
+    pub target: u64,
+    /// Spill slot for a value on its way from one memory operand to another.
+    pub value: u64,
+    /// Spill slot for RCX in flag-free tests.
+    pub save_rcx: u64,
+    /// Why translated code was left: a [`reason`].
+    pub reason: u32,
+    /// Which exit was taken, for `reason::LINK`.
+    pub link: u32,
+    /// Host address of the instruction that raised a signal.
+    pub fault_rip: u64,
+    /// Not 0: the guest's vector and x87 state is in the host's registers.
+    pub fpu_live: u32,
+    /// Component mask for XSAVE and XRSTOR.
+    pub xsave_mask: u32,
+    /// Not 0: an interrupt waits for IF.
+    pub irq_waiting: u32,
+    /// Keeps the layout explicit.
+    pub reserved0: u32,
+    /// PEXT masks for the soft-TLB slot and the jump-cache entry.
+    pub tlb_mask: u64,
+    /// See `tlb_mask`.
+    pub jc_mask: u64,
+    /// Addresses of the stubs, because the code cache may be out of reach of a near call.
+    pub stub_exit: u64,
+    /// See `stub_exit`.
+    pub stub_miss: u64,
+    /// See `stub_exit`.
+    pub stub_slow: u64,
+    /// See `stub_exit`.
+    pub stub_fpu: u64,
+    /// The owning `SoftVcpu`, while it runs.
+    pub vcpu: u64,
+    /// MXCSR that Rust code expects.
+    pub mxcsr_host: u32,
+    /// Keeps the layout explicit.
+    pub reserved: u32,
+    /// Host addresses of checked entries, by view and low RIP bits.
+    pub jump_cache: [[u64; JC_ENTRIES]; VIEWS],
+}
+
+/// Why translated code was left.
+pub mod reason {
+    /// A direct exit that is not linked yet: `FrameArea::link` names it.
+    pub const LINK: u32 = 1;
+    /// A branch whose target must be looked up.
+    pub const LOOKUP: u32 = 2;
+    /// The exit request was seen at a block's entry.
+    pub const POLL: u32 = 3;
+    /// The instruction at RIP needs the interpreter.
+    pub const INTERPRET: u32 = 4;
+    /// A host signal: `FrameArea::fault_rip` tells where.
+    pub const SIGNAL: u32 = 5;
+}
+
+const X: usize = offset_of!(Frame, xlate);
+const C: usize = offset_of!(Frame, cpu);
+
+/// Offset of a guest register's home.
+pub const fn gpr(n: usize) -> usize {
+    C + offset_of!(CpuState, gpr) + 8 * n
+}
+pub const RIP: usize = C + offset_of!(CpuState, rip);
+pub const XSAVE: usize = C + offset_of!(CpuState, xsave);
+/// Offset of a segment's base.
+pub const fn seg_base(n: usize) -> usize {
+    C + offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, base)
+}
+pub const RFLAGS: usize = C + offset_of!(CpuState, rflags);
+pub const SHADOW: usize = C + offset_of!(CpuState, interrupt_shadow);
+pub const IRQ_WAITING: usize = X + offset_of!(FrameArea, irq_waiting);
+pub const EXIT_REQUEST: usize = offset_of!(Frame, exit_request);
+pub const FLAGS: usize = X + offset_of!(FrameArea, flags);
+pub const HOST_RSP: usize = X + offset_of!(FrameArea, host_rsp);
+pub const TARGET: usize = X + offset_of!(FrameArea, target);
+pub const VALUE: usize = X + offset_of!(FrameArea, value);
+pub const SAVE_RCX: usize = X + offset_of!(FrameArea, save_rcx);
+pub const REASON: usize = X + offset_of!(FrameArea, reason);
+pub const LINK: usize = X + offset_of!(FrameArea, link);
+pub const FPU_LIVE: usize = X + offset_of!(FrameArea, fpu_live);
+pub const XSAVE_MASK: usize = X + offset_of!(FrameArea, xsave_mask);
+pub const TLB_MASK: usize = X + offset_of!(FrameArea, tlb_mask);
+pub const JC_MASK_AT: usize = X + offset_of!(FrameArea, jc_mask);
+pub const STUB_EXIT: usize = X + offset_of!(FrameArea, stub_exit);
+pub const STUB_MISS: usize = X + offset_of!(FrameArea, stub_miss);
+pub const STUB_SLOW: usize = X + offset_of!(FrameArea, stub_slow);
+pub const STUB_FPU: usize = X + offset_of!(FrameArea, stub_fpu);
+pub const MXCSR_HOST: usize = X + offset_of!(FrameArea, mxcsr_host);
+
+/// Offset of a view's jump cache.
+pub const fn jump_cache(view: usize) -> usize {
+    X + offset_of!(FrameArea, jump_cache) + view * 8 * JC_ENTRIES
+}
+/// Offset of a view's read tags.
+pub const fn tlb_read(view: usize) -> usize {
+    offset_of!(Frame, tlb) + view * size_of::<TlbView>() + offset_of!(TlbView, read)
+}
+/// Offset of a view's write tags.
+pub const fn tlb_write(view: usize) -> usize {
+    offset_of!(Frame, tlb) + view * size_of::<TlbView>() + offset_of!(TlbView, write)
+}
+/// Offset of a view's host addresses.
+pub const fn tlb_host(view: usize) -> usize {
+    offset_of!(Frame, tlb) + view * size_of::<TlbView>() + offset_of!(TlbView, host)
+}
+
+// XSAVE and XRSTOR need a 64-byte aligned area.
+const _: () = assert!(XSAVE.is_multiple_of(64));

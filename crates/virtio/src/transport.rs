@@ -1,0 +1,3 @@
+//! How a driver reaches a virtio device.
+
+pub mod pci;

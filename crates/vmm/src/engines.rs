@@ -1,0 +1,88 @@
+//! Which engine runs a VM, why, and with which CPUID.
+
+use std::sync::Arc;
+
+use pyrite_api::v1::EngineKind;
+use pyrite_engine::probe::{self, KvmVerdict};
+use pyrite_engine::{CpuidTable, EngineError, Vm, VmConfig, kvm};
+use pyrite_soft::SoftVm;
+use pyrite_x86::cpuid::{self, CpuidError, HostCpuid};
+
+/// An engine, decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// KVM.
+    Kvm,
+    /// The software engine.
+    Soft,
+}
+
+impl Engine {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Kvm => "kvm",
+            Engine::Soft => "soft",
+        }
+    }
+
+    /// Creates a VM.
+    pub fn create(self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
+        match self {
+            Engine::Kvm => kvm::create(config),
+            Engine::Soft => Ok(SoftVm::new(config)?),
+        }
+    }
+}
+
+/// Whether KVM works at hardware speed here; if not, why.
+pub fn probe_kvm() -> Result<(), String> {
+    match probe::probe_kvm() {
+        KvmVerdict::Usable { .. } => Ok(()),
+        KvmVerdict::Unusable { reason } => Err(reason),
+    }
+}
+
+/// Decides, and says why in one line.
+pub fn choose(kind: EngineKind) -> (Engine, String) {
+    match kind {
+        EngineKind::Kvm => (Engine::Kvm, "asked for".into()),
+        EngineKind::Soft => (Engine::Soft, "asked for".into()),
+        EngineKind::Auto => match probe_kvm() {
+            Ok(()) => (Engine::Kvm, "KVM works at hardware speed".into()),
+            Err(why) => (Engine::Soft, format!("KVM is not used: {why}")),
+        },
+    }
+}
+
+/// What a guest of this engine is told about its processor; a wrong model is described.
+pub fn guest_cpuid(engine: Engine, model: &str, vcpus: u32) -> Result<CpuidTable, String> {
+    let (host, kind) = match engine {
+        Engine::Soft => {
+            // The guest's TSC is the host's; its frequency is not always known.
+            let tsc_khz = pyrite_soft::apic::host_tsc_khz();
+            (HostCpuid::read(tsc_khz), cpuid::EngineKind::Soft)
+        }
+        Engine::Kvm => {
+            let (table, tsc_khz) = kvm_cpuid()?;
+            (HostCpuid { table, tsc_khz }, cpuid::EngineKind::Kvm)
+        }
+    };
+    let guest =
+        cpuid::guest_cpuid(model, &host, kind, vcpus).map_err(|e: CpuidError| e.to_string())?;
+    if !guest.dropped.is_empty() {
+        tracing::warn!(
+            model,
+            missing = guest.dropped.join(" "),
+            "the CPU model is not complete"
+        );
+    }
+    Ok(guest.table)
+}
+
+/// What KVM offers here; the frequency is filled in by the engine.
+fn kvm_cpuid() -> Result<(CpuidTable, u64), String> {
+    let device = kvm_ioctls::Kvm::new().map_err(|e| format!("cannot open /dev/kvm: {e}"))?;
+    let table = kvm::cpuid::supported(&device).map_err(|e| e.to_string())?;
+    Ok((table, 0))
+}

@@ -1,0 +1,311 @@
+//! A machine assembled from a specification: memory, chipset, virtio devices, engine.
+//!
+//! Assembling starts nothing. The [state driver](crate::run) owns the machine and is the only one
+//! that changes what it does.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use pyrite_api::v1::{ConsoleKind, ForwardSpec, NetKind, Protocol, SpecError, VmSpec};
+use pyrite_devices::acpi_pm::AcpiPm;
+use pyrite_devices::chipset::{Chipset, ChipsetConfig};
+use pyrite_devices::uart::NoSerial;
+use pyrite_disk::BlockBackend;
+use pyrite_disk::raw::RawDisk;
+use pyrite_engine::{CpuIo, CpuidTable, Vm, VmConfig};
+use pyrite_mem::GuestMemory;
+use pyrite_net::NetBackend;
+use pyrite_net::usernet::{Forward, ForwardProtocol, Usernet, UsernetConfig};
+use pyrite_vdev::{IntrSink, Lifecycle, MachineEvents, MsiMessage, MsiSink, PciFunction, VmClock};
+use pyrite_virtio::{
+    Balloon, Blk, BlkConfig, Console as VirtioConsole, Net, NetConfig, PortConfig, Rng,
+    VirtioDevice, VirtioPciDevice,
+};
+
+use crate::engines::Engine;
+use crate::run::console::Console;
+
+/// First PCI slot of configured devices.
+const FIRST_SLOT: u8 = 1;
+
+/// Why a machine could not be assembled.
+#[derive(Debug)]
+pub enum AssemblyError {
+    /// The specification or a file is wrong.
+    Input(Vec<SpecError>),
+    /// The host or the engine refused.
+    Host(anyhow::Error),
+}
+
+impl From<anyhow::Error> for AssemblyError {
+    fn from(e: anyhow::Error) -> AssemblyError {
+        AssemblyError::Host(e)
+    }
+}
+
+fn input(path: impl Into<String>, problem: impl Into<String>) -> AssemblyError {
+    AssemblyError::Input(vec![SpecError::new(path, problem)])
+}
+
+fn host(what: &str) -> impl FnOnce(anyhow::Error) -> AssemblyError {
+    move |e| AssemblyError::Host(e.context(what.to_owned()))
+}
+
+/// A unit with its state driver's view.
+pub type Unit = Arc<Mutex<dyn Lifecycle>>;
+
+/// Everything of a VM but its threads.
+pub struct Machine {
+    /// RAM.
+    pub memory: Arc<GuestMemory>,
+    /// Guest time.
+    pub clock: Arc<VmClock>,
+    /// Platform devices.
+    pub chipset: Arc<Chipset>,
+    /// The ACPI power management registers: the power button.
+    pub acpi_pm: Arc<Mutex<AcpiPm>>,
+    /// Every unit in the order of save, restore and reset.
+    pub units: Vec<Unit>,
+    /// The engine's VM.
+    pub vm: Arc<dyn Vm>,
+    /// Its CPUID, before per-vCPU fields.
+    pub cpuid: CpuidTable,
+    /// The console.
+    pub console: Console,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+}
+
+/// Devices are built before the engine's VM, which needs their buses; their interrupts go here and
+/// on to the engine once there is one.
+#[derive(Default)]
+struct EngineLink(OnceLock<Arc<dyn Vm>>);
+
+impl MsiSink for EngineLink {
+    fn send(&self, msi: MsiMessage) {
+        if let Some(vm) = self.0.get() {
+            vm.send_msi(msi.addr, msi.data);
+        }
+    }
+}
+
+impl IntrSink for EngineLink {
+    fn set_intr(&self, level: bool) {
+        if let Some(vm) = self.0.get() {
+            vm.set_pic_intr(level);
+        }
+    }
+}
+
+/// What the processors see: the chipset's buses and interrupt controllers.
+struct MachineIo(Arc<Chipset>);
+
+impl CpuIo for MachineIo {
+    fn mmio_read(&self, _vcpu: u32, gpa: u64, data: &mut [u8]) {
+        self.0.mmio.read(gpa, data);
+    }
+    fn mmio_write(&self, _vcpu: u32, gpa: u64, data: &[u8]) {
+        self.0.mmio.write(gpa, data);
+    }
+    fn pio_read(&self, _vcpu: u32, port: u16, data: &mut [u8]) {
+        self.0.io.read(port, data);
+    }
+    fn pio_write(&self, _vcpu: u32, port: u16, data: &[u8]) {
+        self.0.io.write(port, data);
+    }
+    fn ack_pic(&self) -> Option<u8> {
+        self.0.pic.ack()
+    }
+    fn eoi(&self, vector: u8) {
+        self.0.ioapic.eoi(vector);
+    }
+}
+
+/// Seconds since 1970 on the host.
+fn wall_clock() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
+}
+
+impl Machine {
+    /// Assembles a machine.
+    pub fn build(
+        spec: &VmSpec,
+        engine: Engine,
+        cpuid: CpuidTable,
+        console: Console,
+        events: Arc<dyn MachineEvents>,
+    ) -> Result<Machine, AssemblyError> {
+        let memory = GuestMemory::new(spec.memory_bytes)
+            .map_err(|e| AssemblyError::Host(anyhow::Error::new(e)))?;
+        let memory = Arc::new(memory);
+        let clock: Arc<VmClock> = Arc::default();
+        let link: Arc<EngineLink> = Arc::default();
+        let chipset = Chipset::build(ChipsetConfig {
+            memory: Arc::clone(&memory),
+            clock: Arc::clone(&clock),
+            msi: link.clone(),
+            intr: link.clone(),
+            events,
+            wall_clock: Arc::new(wall_clock),
+            vcpus: spec.cpus,
+            serial: [console.serial(), Box::new(NoSerial)],
+            debugcon: Box::new(NoSerial),
+            doorbells: None,
+        })
+        .map_err(|e| AssemblyError::Host(e.into()))?;
+        console.connect_uart(&chipset.uarts[0]);
+
+        let mut units = chipset.units.clone();
+        // Restoring the root complex rebuilds its decode tables from the functions.
+        let pci_host = units.pop();
+        let mut slots = Slots {
+            chipset: &chipset,
+            memory: &memory,
+            msi: link.clone(),
+            next: FIRST_SLOT,
+            units: &mut units,
+        };
+        plug_devices(spec, &console, &mut slots)?;
+        units.extend(pci_host);
+
+        let acpi_pm = Arc::clone(&chipset.pm);
+        let chipset = Arc::new(chipset);
+        let time = Arc::clone(&clock);
+        let vm = engine
+            .create(VmConfig {
+                memory: Arc::clone(&memory),
+                vcpus: spec.cpus,
+                cpuid: cpuid.clone(),
+                io: Arc::new(MachineIo(Arc::clone(&chipset))),
+                clock: Arc::new(move || time.now_ns()),
+            })
+            .map_err(|e| AssemblyError::Host(e.into()))
+            .map_err(|e| match e {
+                AssemblyError::Host(e) => {
+                    AssemblyError::Host(e.context(format!("the {} engine", engine.name())))
+                }
+                other => other,
+            })?;
+        if link.0.set(Arc::clone(&vm)).is_err() {
+            return Err(AssemblyError::Host(anyhow::anyhow!("engine linked twice")));
+        }
+        Ok(Machine {
+            memory,
+            clock,
+            chipset,
+            acpi_pm,
+            units,
+            vm,
+            cpuid,
+            console,
+            vcpus: spec.cpus,
+        })
+    }
+}
+
+/// PCI slots being filled in order.
+struct Slots<'a> {
+    chipset: &'a Chipset,
+    memory: &'a Arc<GuestMemory>,
+    msi: Arc<dyn MsiSink>,
+    next: u8,
+    units: &'a mut Vec<Unit>,
+}
+
+impl Slots<'_> {
+    /// Plugs a virtio device into the next slot.
+    fn plug(&mut self, unit: &str, device: Box<dyn VirtioDevice>) -> Result<(), AssemblyError> {
+        let full = |e: pyrite_devices::pci_host::SlotError| AssemblyError::Host(e.into());
+        let slot = self.next;
+        let line = self.chipset.pci.intx_line(slot, 0).map_err(full)?;
+        let function = VirtioPciDevice::new(
+            unit,
+            device,
+            Arc::clone(self.memory),
+            Arc::clone(&self.msi),
+            line,
+        );
+        let pci: Arc<Mutex<dyn PciFunction>> = function.clone();
+        self.chipset.pci.plug(slot, 0, pci).map_err(full)?;
+        self.units.push(function);
+        self.next += 1;
+        Ok(())
+    }
+}
+
+/// The virtio devices of a specification, in slot order: disks, network, console, entropy,
+/// balloon, vsock.
+fn plug_devices(
+    spec: &VmSpec,
+    console: &Console,
+    slots: &mut Slots<'_>,
+) -> Result<(), AssemblyError> {
+    for (n, d) in spec.disks.iter().enumerate() {
+        let backend = open_disk(&d.path, d.read_only).map_err(|e| {
+            input(
+                format!("disks[{n}].path"),
+                format!("{}: {e}", d.path.display()),
+            )
+        })?;
+        let config = BlkConfig {
+            serial: d.serial.clone().unwrap_or_default(),
+            ..BlkConfig::default()
+        };
+        slots.plug(
+            &format!("virtio-blk{n}"),
+            Box::new(Blk::new(backend, config)),
+        )?;
+    }
+    if spec.net.kind == NetKind::User {
+        let backend = user_network(&spec.net.forwards)?;
+        // Locally administered; one VM has one card.
+        let mac = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
+        slots.plug(
+            "virtio-net0",
+            Box::new(Net::new(backend, NetConfig::new(mac))),
+        )?;
+    }
+    if spec.console == ConsoleKind::Virtio {
+        let port = PortConfig {
+            name: String::new(),
+            console: true,
+            backend: console.port(),
+        };
+        slots.plug("virtio-console0", Box::new(VirtioConsole::new(vec![port])))?;
+    }
+    let rng = Rng::new().map_err(|e| host("entropy source")(e.into()))?;
+    slots.plug("virtio-rng0", Box::new(rng))?;
+    if spec.balloon {
+        let balloon = Balloon::new().map_err(|e| host("memory balloon")(e.into()))?;
+        slots.plug("virtio-balloon0", Box::new(balloon))?;
+    }
+    Ok(())
+}
+
+fn open_disk(path: &Path, read_only: bool) -> Result<Arc<dyn BlockBackend>, String> {
+    let disk = RawDisk::open(path, read_only).map_err(|e| e.to_string())?;
+    Ok(Arc::new(disk))
+}
+
+fn user_network(forwards: &[ForwardSpec]) -> Result<Arc<dyn NetBackend>, AssemblyError> {
+    let forwards = forwards
+        .iter()
+        .map(|f| Forward {
+            protocol: match f.protocol {
+                Protocol::Tcp => ForwardProtocol::Tcp,
+                Protocol::Udp => ForwardProtocol::Udp,
+            },
+            listen: (f.host_addr, f.host_port).into(),
+            guest: None,
+            guest_port: f.guest_port,
+        })
+        .collect();
+    let config = UsernetConfig {
+        forwards,
+        ..UsernetConfig::default()
+    };
+    let net = Usernet::new(config).map_err(|e| input("net.forwards", e.to_string()))?;
+    Ok(Arc::new(net))
+}

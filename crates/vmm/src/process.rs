@@ -1,0 +1,147 @@
+//! The process of one VM: reads what it is to be, assembles it, drives it, ends.
+
+use std::io::BufReader;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use pyrite_api::control::{self, Ending, Event as Notice, Hello, Message, PROTOCOL};
+use pyrite_api::v1::{ConsoleKind, SpecError, VmSpec};
+
+use crate::engines::{self, Engine};
+use crate::machine::{AssemblyError, Machine};
+use crate::run::console::Console;
+use crate::run::{self, Driver, Event, GuestRequests};
+use crate::snapshot::Manifest;
+
+/// How long the last output may take to be shown.
+const SHOW_WITHIN: Duration = Duration::from_secs(2);
+
+/// Serves one VM: standard input is the control socket, standard output the console socket.
+pub fn serve_standard_streams() -> Result<()> {
+    let control =
+        socket(std::io::stdin().as_fd().try_clone_to_owned()).context("standard input")?;
+    let console =
+        socket(std::io::stdout().as_fd().try_clone_to_owned()).context("standard output")?;
+    serve(control, console)
+}
+
+fn socket(fd: std::io::Result<std::os::fd::OwnedFd>) -> Result<UnixStream> {
+    let stream = UnixStream::from(fd?);
+    stream.peer_addr().context("is not a socket")?;
+    Ok(stream)
+}
+
+/// Serves one VM.
+pub fn serve(mut control: UnixStream, console: UnixStream) -> Result<()> {
+    let mut from = BufReader::new(control.try_clone().context("control socket")?);
+    let Some(hello) = control::receive::<Hello>(&mut from).context("control socket")? else {
+        return Ok(());
+    };
+    if hello.protocol != PROTOCOL {
+        bail!(
+            "the front speaks protocol {}, this program {PROTOCOL}",
+            hello.protocol
+        );
+    }
+    let ending = match assemble(hello, from, &control, console) {
+        Ok((driver, console)) => {
+            let ending = driver.drive();
+            console.finish(SHOW_WITHIN);
+            ending
+        }
+        Err(AssemblyError::Input(errors)) => Ending::BadInput { errors },
+        Err(AssemblyError::Host(e)) => Ending::Failed {
+            reason: format!("{e:#}"),
+        },
+    };
+    // A front that is gone does not want to know.
+    let _ = control::send(&mut control, &Message::Event(Notice::Ended(ending)));
+    Ok(())
+}
+
+/// The specification of a snapshot with what the command says about this run.
+fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
+    let mut net = saved.net.clone();
+    if !now.net.forwards.is_empty() {
+        net.forwards = now.net.forwards.clone();
+    }
+    VmSpec {
+        engine: now.engine,
+        reset: now.reset,
+        time_limit_ms: now.time_limit_ms,
+        restore: now.restore.clone(),
+        net,
+        ..saved
+    }
+}
+
+fn assemble(
+    hello: Hello,
+    from: BufReader<UnixStream>,
+    control: &UnixStream,
+    stream: UnixStream,
+) -> Result<(Driver, Console), AssemblyError> {
+    let mut spec = hello.spec;
+    let mut manifest = None;
+    if let Some(dir) = spec.restore.clone() {
+        let m = Manifest::read(&dir).map_err(|e| {
+            let problem = format!("{}: {e}", dir.display());
+            AssemblyError::Input(vec![SpecError::new("restore", problem)])
+        })?;
+        spec = merge(&spec, m.0.spec.clone());
+        manifest = Some(m);
+    }
+    spec.validate().map_err(AssemblyError::Input)?;
+
+    let image = match crate::inputs::open_boot(&spec) {
+        Ok(image) => Some(image),
+        // A restored VM needs its kernel only when it is reset.
+        Err(_) if manifest.is_some() => None,
+        Err(errors) => {
+            let errors = errors.iter().map(crate::inputs::spec_error).collect();
+            return Err(AssemblyError::Input(errors));
+        }
+    };
+    let (engine, why) = engines::choose(spec.engine);
+    let cpuid = match &manifest {
+        Some(m) => m.cpuid(),
+        None => engines::guest_cpuid(engine, &spec.cpu_model, spec.cpus)
+            .map_err(|e| AssemblyError::Input(vec![SpecError::new("cpu_model", e)]))?,
+    };
+    let (sender, events) = run::queue();
+    let guest = GuestRequests::new(sender.clone());
+    let from_console = sender.clone();
+    let console = Console::new(
+        spec.console != ConsoleKind::None,
+        Box::new(move |what| {
+            // A driver that is gone needs no events.
+            let _ = from_console.send(Event::Panic(what));
+        }),
+    );
+    let machine = Machine::build(&spec, engine, cpuid, console.clone(), guest.clone())?;
+    if let Some((columns, rows)) = hello.terminal_size {
+        console.resize(columns, rows);
+    }
+    console.serve(stream).context("console")?;
+    run::hear_front(from, sender.clone())?;
+    let control = control.try_clone().context("control socket")?;
+    let engine: (&'static str, String) = (Engine::name(engine), why);
+    tracing::info!(engine = engine.0, why = engine.1, "assembled");
+    let guest: Arc<GuestRequests> = guest;
+    Ok((
+        Driver {
+            spec,
+            machine,
+            image,
+            guest,
+            control,
+            events,
+            sender,
+            engine,
+        },
+        console,
+    ))
+}

@@ -1,0 +1,656 @@
+//! The state driver: the only place that changes what a VM does.
+//!
+//! ```text
+//!            run            pause
+//!   Paused ───────▶ Running ──────▶ Paused ──▶ save, restore, reset, end
+//! ```
+//!
+//! One thread takes [`Event`]s from one queue. To pause: vCPUs stop, then time, then console
+//! input, then every unit, and all work in flight is waited for. To run: the same backwards.
+
+use std::collections::VecDeque;
+use std::io::BufReader;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use pyrite_api::control::{
+    self, Command, Ending, Event as Notice, Message, Outcome, Request, Tree,
+};
+use pyrite_api::v1::{ResetPolicy, SNAPSHOT_FORMAT, SnapshotManifest, VmSpec};
+use pyrite_engine::{StopReason, saved};
+use pyrite_state::Inspect;
+use pyrite_vdev::MachineEvents;
+use pyrite_vdev::bus::lock;
+use pyrite_x86::CpuState;
+
+use crate::boot::BootImage;
+use crate::machine::Machine;
+use crate::snapshot;
+
+pub mod console;
+mod panic_line;
+mod vcpus;
+
+use vcpus::Vcpus;
+
+/// More resets in a row than this, each sooner than [`LOOP_UPTIME_NS`], are a loop.
+const LOOP_RESETS: u32 = 5;
+/// A guest that ran this long has booted.
+const LOOP_UPTIME_NS: u64 = 10_000_000_000;
+/// How long a guest kernel is silent after it said that it panics before it counts as dead.
+const PANIC_SILENCE: Duration = Duration::from_secs(2);
+/// How long vCPUs may take to stop.
+const STOP_WITHIN: Duration = Duration::from_secs(20);
+/// How long work in flight may take to finish.
+const DRAIN_WITHIN: Duration = Duration::from_secs(60);
+
+/// What the driver reacts to. This list is closed: nothing else reaches it.
+#[derive(Debug)]
+pub enum Event {
+    /// A vCPU came back.
+    VcpuStopped {
+        /// Which.
+        index: u32,
+        /// Why.
+        reason: StopReason,
+    },
+    /// The guest wants something of the machine; see [`GuestRequests`].
+    Guest,
+    /// A request of the front process.
+    Request(Request),
+    /// The front process is gone.
+    FrontGone,
+    /// The guest kernel says that it panics, or (`None`) has gone on after all.
+    Panic(Option<String>),
+}
+
+const POWER_OFF: u32 = 1 << 0;
+const RESET: u32 = 1 << 1;
+const SUSPEND: u32 = 1 << 2;
+const DEBUG_EXIT: u32 = 1 << 3;
+
+/// What devices tell of the machine: noted here at once, acted on by the driver. However often a
+/// guest asks, one event waits.
+pub struct GuestRequests {
+    bits: AtomicU32,
+    code: AtomicU32,
+    events: Sender<Event>,
+}
+
+impl GuestRequests {
+    /// Requests that wake the driver behind `events`.
+    pub fn new(events: Sender<Event>) -> Arc<GuestRequests> {
+        Arc::new(GuestRequests {
+            bits: AtomicU32::new(0),
+            code: AtomicU32::new(0),
+            events,
+        })
+    }
+    fn note(&self, bit: u32) {
+        if self.bits.fetch_or(bit, Ordering::AcqRel) == 0 {
+            // A driver that is gone needs no events.
+            let _ = self.events.send(Event::Guest);
+        }
+    }
+    fn take(&self) -> u32 {
+        self.bits.swap(0, Ordering::AcqRel)
+    }
+}
+
+impl MachineEvents for GuestRequests {
+    fn power_off(&self) {
+        self.note(POWER_OFF);
+    }
+    fn reset(&self) {
+        self.note(RESET);
+    }
+    fn suspend(&self) {
+        self.note(SUSPEND);
+    }
+    fn debug_exit(&self, code: u32) {
+        self.code.store(code, Ordering::Release);
+        self.note(DEBUG_EXIT);
+    }
+}
+
+/// What a VM is driven with.
+pub struct Driver {
+    /// What it is.
+    pub spec: VmSpec,
+    /// The machine, standing still in its power-on state.
+    pub machine: Machine,
+    /// What it boots; none after a restore whose kernel is gone.
+    pub image: Option<BootImage>,
+    /// Requests of the guest.
+    pub guest: Arc<GuestRequests>,
+    /// To the front process.
+    pub control: UnixStream,
+    /// The queue.
+    pub events: Receiver<Event>,
+    /// Its other end.
+    pub sender: Sender<Event>,
+    /// Engine and why it was chosen.
+    pub engine: (&'static str, String),
+}
+
+/// A driver at work.
+struct Running {
+    d: Driver,
+    vcpus: Vcpus,
+    running: bool,
+    /// Events that came while something else was waited for.
+    deferred: VecDeque<Event>,
+    resets: u32,
+    resets_in_a_row: u32,
+    booted_at_ns: u64,
+    panic: Option<(String, Instant)>,
+}
+
+/// A queue for a driver.
+pub fn queue() -> (Sender<Event>, Receiver<Event>) {
+    channel()
+}
+
+/// Feeds requests of the front process into the queue.
+pub fn hear_front(mut from: BufReader<UnixStream>, events: Sender<Event>) -> Result<()> {
+    std::thread::Builder::new()
+        .name("control".into())
+        .spawn(move || {
+            loop {
+                let event = match control::receive::<Request>(&mut from) {
+                    Ok(Some(request)) => Event::Request(request),
+                    Ok(None) => Event::FrontGone,
+                    Err(e) => {
+                        tracing::error!("control socket: {e}");
+                        Event::FrontGone
+                    }
+                };
+                let last = matches!(event, Event::FrontGone);
+                if events.send(event).is_err() || last {
+                    return;
+                }
+            }
+        })
+        .context("cannot start the control thread")?;
+    Ok(())
+}
+
+impl Driver {
+    /// Drives the VM from its first instruction (or from `spec.restore`) to its end.
+    pub fn drive(self) -> Ending {
+        let clock = Arc::clone(&self.machine.clock);
+        let timers = std::thread::Builder::new()
+            .name("timers".into())
+            .spawn(move || clock.run_timers());
+        let vcpus = Vcpus::spawn(&self.machine.vm, self.machine.vcpus, &self.sender);
+        let (Ok(_), Ok(vcpus)) = (timers, vcpus) else {
+            return Ending::Failed {
+                reason: "cannot start the VM's threads".into(),
+            };
+        };
+        let mut running = Running {
+            d: self,
+            vcpus,
+            running: false,
+            deferred: VecDeque::new(),
+            resets: 0,
+            resets_in_a_row: 0,
+            booted_at_ns: 0,
+            panic: None,
+        };
+        let ending = running.to_the_end();
+        if running.running {
+            // Units hold host resources that their drop releases; vCPUs must not touch them then.
+            if let Err(e) = running.pause() {
+                tracing::warn!("while ending: {e:#}");
+            }
+        }
+        running.d.machine.clock.shut_down();
+        ending
+    }
+}
+
+/// A failure of what the driver needs.
+fn failed(e: &anyhow::Error) -> Ending {
+    Ending::Failed {
+        reason: format!("{e:#}"),
+    }
+}
+
+impl Running {
+    fn to_the_end(&mut self) -> Ending {
+        let begun = match self.d.spec.restore.clone() {
+            Some(dir) => self.restore(&dir).map_err(|e| failed(&e)),
+            None => self.boot(),
+        };
+        if let Err(ending) = begun {
+            return ending;
+        }
+        self.run();
+        let (engine, why) = (self.d.engine.0.to_owned(), self.d.engine.1.clone());
+        self.notice(Notice::Started { engine, why });
+        let limit = self
+            .d
+            .spec
+            .time_limit_ms
+            .and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
+        loop {
+            let quiet = self.panic.as_ref().map(|(_, since)| *since + PANIC_SILENCE);
+            let wake = match (limit, quiet) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            };
+            match self.next(wake) {
+                Some(event) => {
+                    if let Some(ending) = self.react(event) {
+                        return ending;
+                    }
+                }
+                None if limit.is_some_and(|l| Instant::now() >= l) => return Ending::TimeLimit,
+                None => {
+                    if let Some((line, since)) = &self.panic
+                        && since.elapsed() >= PANIC_SILENCE
+                    {
+                        return Ending::Crashed {
+                            reason: line.clone(),
+                        };
+                    }
+                }
+            }
+        }
+    }
+
+    /// The next event; `None` when `wake` has come.
+    fn next(&mut self, wake: Option<Instant>) -> Option<Event> {
+        if let Some(e) = self.deferred.pop_front() {
+            return Some(e);
+        }
+        let got = match wake {
+            Some(w) => self
+                .d
+                .events
+                .recv_timeout(w.saturating_duration_since(Instant::now())),
+            None => self
+                .d
+                .events
+                .recv()
+                .map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        got.ok()
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        // A front that is gone is noticed by its reader.
+        let _ = control::send(&mut self.d.control, &Message::Event(notice));
+    }
+
+    fn react(&mut self, event: Event) -> Option<Ending> {
+        match event {
+            Event::VcpuStopped { index, reason } => self.vcpu_stopped(index, reason),
+            Event::Guest => self.guest_asked(),
+            Event::Request(r) => self.request(r),
+            Event::FrontGone => Some(Ending::Stopped),
+            Event::Panic(Some(line)) => {
+                self.notice(Notice::KernelPanic { line: line.clone() });
+                self.panic = Some((line, Instant::now()));
+                None
+            }
+            Event::Panic(None) => {
+                self.panic = None;
+                None
+            }
+        }
+    }
+
+    fn vcpu_stopped(&mut self, index: u32, reason: StopReason) -> Option<Ending> {
+        self.vcpus.stopped(index);
+        match reason {
+            StopReason::Requested | StopReason::Debug => {
+                if self.running {
+                    self.vcpus.run();
+                }
+                None
+            }
+            StopReason::TripleFault => {
+                tracing::warn!(vcpu = index, "triple fault");
+                if self.d.spec.reset == ResetPolicy::Stop {
+                    let reason = match self.panic.take() {
+                        Some((line, _)) => line,
+                        None => format!("triple fault on vCPU {index}"),
+                    };
+                    return Some(Ending::Crashed { reason });
+                }
+                self.guest_reset()
+            }
+            StopReason::Failed(e) => {
+                let e = anyhow::Error::new(e);
+                Some(Ending::Failed {
+                    reason: format!("vCPU {index}: {e:#}"),
+                })
+            }
+        }
+    }
+
+    fn guest_asked(&mut self) -> Option<Ending> {
+        let bits = self.d.guest.take();
+        if bits & DEBUG_EXIT != 0 {
+            let code = self.d.guest.code.load(Ordering::Acquire) as u8;
+            return Some(Ending::DebugExit { code });
+        }
+        if bits & POWER_OFF != 0 {
+            return Some(Ending::PowerOff);
+        }
+        if bits & SUSPEND != 0 {
+            // The tables offer no S3; a guest that enters it all the same wakes at once.
+            tracing::warn!("the guest went to sleep and is woken");
+            lock(&self.d.machine.acpi_pm).wake();
+        }
+        if bits & RESET != 0 {
+            if self.d.spec.reset == ResetPolicy::Stop {
+                return Some(match self.panic.take() {
+                    Some((line, _)) => Ending::Crashed { reason: line },
+                    None => Ending::ResetStopped,
+                });
+            }
+            return self.guest_reset();
+        }
+        None
+    }
+
+    /// A reset that the guest caused: counts towards a reset loop.
+    fn guest_reset(&mut self) -> Option<Ending> {
+        let uptime = self
+            .d
+            .machine
+            .clock
+            .now_ns()
+            .saturating_sub(self.booted_at_ns);
+        self.resets_in_a_row = if uptime < LOOP_UPTIME_NS {
+            self.resets_in_a_row + 1
+        } else {
+            1
+        };
+        if self.resets_in_a_row > LOOP_RESETS {
+            return Some(Ending::ResetLoop {
+                count: self.resets_in_a_row,
+            });
+        }
+        self.reset()
+    }
+
+    fn reset(&mut self) -> Option<Ending> {
+        if let Err(e) = self.pause() {
+            return Some(failed(&e));
+        }
+        // What the guest asked for before the reset has gone with it.
+        self.d.guest.take();
+        self.panic = None;
+        self.resets += 1;
+        if let Err(ending) = self.boot() {
+            return Some(ending);
+        }
+        self.run();
+        self.notice(Notice::Reset { count: self.resets });
+        None
+    }
+
+    fn request(&mut self, request: Request) -> Option<Ending> {
+        let mut ending = None;
+        let done = match request.command {
+            Command::Stop => {
+                ending = Some(Ending::Stopped);
+                Ok(Outcome::Done)
+            }
+            Command::PowerButton => {
+                lock(&self.d.machine.acpi_pm).press_power_button();
+                Ok(Outcome::Done)
+            }
+            Command::Reset => {
+                ending = self.reset();
+                self.resets_in_a_row = 0;
+                Ok(Outcome::Done)
+            }
+            Command::Pause => self.pause().map(|()| Outcome::Done),
+            Command::Resume => {
+                self.run();
+                Ok(Outcome::Done)
+            }
+            Command::Resize { columns, rows } => {
+                self.d.machine.console.resize(columns, rows);
+                Ok(Outcome::Done)
+            }
+            Command::Break => {
+                self.d.machine.console.send_break();
+                Ok(Outcome::Done)
+            }
+            Command::Inspect { path } => match self.inspect().at(&path) {
+                Some(t) => Ok(Outcome::Tree(tree(t))),
+                None => Ok(Outcome::Failed(format!("there is no {path}"))),
+            },
+            Command::Snapshot { dir } => self.snapshot(&dir).map(|()| Outcome::Done),
+        };
+        let outcome = done.unwrap_or_else(|e| Outcome::Failed(format!("{e:#}")));
+        // A front that is gone is noticed by its reader.
+        let _ = control::send(
+            &mut self.d.control,
+            &Message::Reply {
+                id: request.id,
+                outcome,
+            },
+        );
+        ending
+    }
+
+    /// Lets everything run.
+    fn run(&mut self) {
+        if self.running {
+            return;
+        }
+        for unit in &self.d.machine.units {
+            lock(unit).start();
+        }
+        self.d.machine.console.release(false);
+        self.d.machine.console.pause(false);
+        self.d.machine.clock.start();
+        self.vcpus.run();
+        self.running = true;
+    }
+
+    /// Stops everything and waits until nothing is in flight.
+    fn pause(&mut self) -> Result<()> {
+        if !self.running {
+            return Ok(());
+        }
+        self.d.machine.console.release(true);
+        self.stop_vcpus()?;
+        self.d.machine.clock.stop();
+        self.d.machine.console.pause(true);
+        for unit in &self.d.machine.units {
+            lock(unit).pause();
+        }
+        let until = Instant::now() + DRAIN_WITHIN;
+        for unit in &self.d.machine.units {
+            while !lock(unit).drained() {
+                if Instant::now() > until {
+                    bail!("{} does not finish its work", lock(unit).unit());
+                }
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+        self.running = false;
+        Ok(())
+    }
+
+    fn stop_vcpus(&mut self) -> Result<()> {
+        self.vcpus.ask_to_stop();
+        let until = Instant::now() + STOP_WITHIN;
+        while !self.vcpus.all_stopped() {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.d.events.recv_timeout(left) {
+                Ok(Event::VcpuStopped { index, reason }) => {
+                    self.vcpus.stopped(index);
+                    if !matches!(reason, StopReason::Requested) {
+                        self.deferred
+                            .push_back(Event::VcpuStopped { index, reason });
+                    }
+                }
+                Ok(other) => self.deferred.push_back(other),
+                Err(_) => bail!("a vCPU does not stop"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Power-on state of everything, and the boot image in memory and registers.
+    fn boot(&mut self) -> Result<(), Ending> {
+        let m = &self.d.machine;
+        let Some(image) = &self.d.image else {
+            let reason = "the kernel that this VM was booted from is gone".into();
+            return Err(Ending::Failed { reason });
+        };
+        for unit in &m.units {
+            lock(unit).reset();
+        }
+        for r in m.memory.regions() {
+            m.memory
+                .discard(r.gpa, r.size_bytes)
+                .map_err(|e| failed(&e.into()))?;
+        }
+        let mut first = image
+            .load(&m.memory, m.vcpus)
+            .map_err(|e| Ending::BadInput {
+                errors: vec![crate::inputs::spec_error(&e)],
+            })?;
+        m.chipset.pci.assign_bars().map_err(|e| failed(&e.into()))?;
+        crate::boot::firmware_registers(&mut first, &m.cpuid, true);
+        let mut states = vec![Box::new(first)];
+        for index in 1..m.vcpus {
+            let mut s = CpuState::reset(index, false);
+            crate::boot::firmware_registers(&mut s, &m.cpuid, false);
+            states.push(Box::new(s));
+        }
+        for (index, state) in (0..).zip(states) {
+            self.vcpus
+                .set_state(index, state)
+                .map_err(|e| failed(&e.into()))?;
+        }
+        // A vCPU that stopped for a reason of the time before the reset is heard no more.
+        self.deferred
+            .retain(|e| !matches!(e, Event::VcpuStopped { .. } | Event::Guest));
+        self.booted_at_ns = m.clock.now_ns();
+        Ok(())
+    }
+
+    fn inspect(&self) -> Inspect {
+        let m = &self.d.machine;
+        let units = m.units.iter().map(|u| {
+            let u = lock(u);
+            (u.unit().to_owned(), u.inspect())
+        });
+        Inspect::node([
+            ("engine", Inspect::Text(self.d.engine.0.into())),
+            ("running", Inspect::Bool(self.running)),
+            ("time-ns", Inspect::Uint(m.clock.now_ns())),
+            ("memory-bytes", Inspect::Uint(m.memory.size_bytes())),
+            ("resets", Inspect::Uint(self.resets.into())),
+            ("vm", m.vm.inspect()),
+            ("units", Inspect::Node(units.collect())),
+        ])
+    }
+
+    /// Writes a snapshot; the VM goes on as before.
+    fn snapshot(&mut self, dir: &std::path::Path) -> Result<()> {
+        let was_running = self.running;
+        self.pause()?;
+        let done = self.save(dir);
+        if was_running {
+            self.run();
+        }
+        done
+    }
+
+    fn save(&self, dir: &std::path::Path) -> Result<()> {
+        let m = &self.d.machine;
+        let mut sections = Vec::new();
+        for index in 0..m.vcpus {
+            sections.push(saved::save(&vcpu_unit(index), &*self.vcpus.state(index)?));
+        }
+        for unit in &m.units {
+            sections.push(lock(unit).save()?);
+        }
+        let manifest = SnapshotManifest {
+            format: SNAPSHOT_FORMAT,
+            board: crate::board::BOARD_VERSION,
+            spec: VmSpec {
+                restore: None,
+                ..self.d.spec.clone()
+            },
+            engine: self.d.engine.0.to_owned(),
+            clock_ns: m.clock.now_ns(),
+            cpuid: snapshot::cpuid_rows(&m.cpuid),
+        };
+        snapshot::write(dir, &manifest, &sections, &m.memory)
+    }
+
+    /// Takes a snapshot over into this machine, which is new.
+    fn restore(&mut self, dir: &std::path::Path) -> Result<()> {
+        let manifest = snapshot::Manifest::read(dir).map_err(anyhow::Error::msg)?;
+        let mut sections = snapshot::read_sections(dir)?;
+        let m = &self.d.machine;
+        m.clock.set_ns(manifest.0.clock_ns);
+        self.booted_at_ns = manifest.0.clock_ns;
+        snapshot::read_memory(dir, &m.memory)?;
+        let mut take = |unit: &str| {
+            let at = sections.iter().position(|s| s.unit == unit);
+            at.map(|n| sections.remove(n))
+                .with_context(|| format!("the snapshot has no state of {unit}"))
+        };
+        for unit in &m.units {
+            let mut unit = lock(unit);
+            let section = take(unit.unit())?;
+            unit.restore(&section)?;
+        }
+        for index in 0..m.vcpus {
+            let section = take(&vcpu_unit(index))?;
+            let state = saved::load(&section, xsave_components(&m.cpuid))?;
+            self.vcpus.set_state(index, Box::new(state))?;
+        }
+        if let Some(left) = sections.first() {
+            bail!(
+                "the snapshot has state of {}, which this machine does not have",
+                left.unit
+            );
+        }
+        m.chipset.pci.refresh();
+        Ok(())
+    }
+}
+
+fn vcpu_unit(index: u32) -> String {
+    format!("vcpu{index}")
+}
+
+/// XSAVE components that a guest with this CPUID may enable, user and supervisor.
+fn xsave_components(cpuid: &pyrite_engine::CpuidTable) -> u64 {
+    let user = cpuid
+        .get(0xd, 0)
+        .map_or(3, |e| u64::from(e.edx) << 32 | u64::from(e.eax));
+    let supervisor = cpuid
+        .get(0xd, 1)
+        .map_or(0, |e| u64::from(e.edx) << 32 | u64::from(e.ecx));
+    user | supervisor
+}
+
+fn tree(t: &Inspect) -> Tree {
+    match t {
+        Inspect::Node(c) => Tree::Node(c.iter().map(|(k, v)| (k.clone(), tree(v))).collect()),
+        Inspect::Uint(n) => Tree::Uint(*n),
+        Inspect::Hex(n) => Tree::Hex(*n),
+        Inspect::Bool(b) => Tree::Bool(*b),
+        Inspect::Text(s) => Tree::Text(s.clone()),
+    }
+}

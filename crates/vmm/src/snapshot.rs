@@ -1,0 +1,199 @@
+//! Snapshots: a stopped machine as a directory, and back.
+//!
+//! ```text
+//! manifest.json  what the VM is; written last, so a directory without it is incomplete
+//! state          sections of all units and vCPUs: magic, CRC-32C, CBOR
+//! memory         RAM by RAM offset, sparse
+//! ```
+//!
+//! Disks are not part of it: a snapshot goes with the disks as they were.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use pyrite_api::v1::SnapshotManifest;
+use pyrite_engine::{CpuidEntry, CpuidTable};
+use pyrite_mem::GuestMemory;
+use pyrite_state::Section;
+
+#[cfg(test)]
+mod tests;
+
+const MANIFEST: &str = "manifest.json";
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+/// Magic and version of the state file.
+const MAGIC: &[u8; 8] = b"PYRITE\x00\x01";
+/// LIMIT: bytes of a state file.
+const MAX_STATE_BYTES: u64 = 256 << 20;
+/// LIMIT: bytes of a manifest.
+const MAX_MANIFEST_BYTES: u64 = 16 << 20;
+/// Memory is copied in pieces of this size; a piece of zeroes is not written.
+const PIECE: usize = 64 << 10;
+
+/// The manifest with what only this crate knows.
+#[derive(Clone, Debug)]
+pub struct Manifest(pub SnapshotManifest);
+
+impl Manifest {
+    /// Reads and checks the manifest of a snapshot.
+    pub fn read(dir: &Path) -> Result<Manifest, String> {
+        let path = dir.join(MANIFEST);
+        let file = File::open(&path).map_err(|e| {
+            format!("{e}; expected the directory of a complete snapshot, with its {MANIFEST}")
+        })?;
+        let mut text = String::new();
+        file.take(MAX_MANIFEST_BYTES)
+            .read_to_string(&mut text)
+            .map_err(|e| format!("the manifest cannot be read: {e}"))?;
+        let m = SnapshotManifest::from_json(&text)?;
+        if m.board != crate::board::BOARD_VERSION {
+            return Err(format!("board version {} is unknown", m.board));
+        }
+        let memory = fs::metadata(dir.join(MEMORY)).map_err(|e| format!("its memory: {e}"))?;
+        if memory.len() != m.spec.memory_bytes {
+            return Err(format!(
+                "its memory file has {} bytes instead of {}",
+                memory.len(),
+                m.spec.memory_bytes
+            ));
+        }
+        if !dir.join(STATE).is_file() {
+            return Err("its state file is missing".into());
+        }
+        Ok(Manifest(m))
+    }
+
+    /// The guest's CPUID.
+    pub fn cpuid(&self) -> CpuidTable {
+        let entry = |&[leaf, subleaf, indexed, eax, ebx, ecx, edx]: &[u32; 7]| CpuidEntry {
+            leaf,
+            subleaf,
+            indexed: indexed != 0,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        };
+        CpuidTable {
+            entries: self.0.cpuid.iter().map(entry).collect(),
+        }
+    }
+}
+
+/// A CPUID table as a manifest holds it.
+pub fn cpuid_rows(table: &CpuidTable) -> Vec<[u32; 7]> {
+    let row = |e: &CpuidEntry| {
+        [
+            e.leaf,
+            e.subleaf,
+            u32::from(e.indexed),
+            e.eax,
+            e.ebx,
+            e.ecx,
+            e.edx,
+        ]
+    };
+    table.entries.iter().map(row).collect()
+}
+
+/// Writes a snapshot into the new directory `dir`. On error nothing is left behind.
+pub fn write(
+    dir: &Path,
+    manifest: &SnapshotManifest,
+    sections: &[Section],
+    memory: &GuestMemory,
+) -> Result<()> {
+    fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let done = write_files(dir, manifest, sections, memory);
+    if done.is_err() {
+        let _ = fs::remove_dir_all(dir);
+    }
+    done
+}
+
+fn write_files(
+    dir: &Path,
+    manifest: &SnapshotManifest,
+    sections: &[Section],
+    memory: &GuestMemory,
+) -> Result<()> {
+    let body = minicbor::to_vec(sections).context("cannot encode the state")?;
+    let mut state = File::create_new(dir.join(STATE)).context("cannot make the state file")?;
+    state.write_all(MAGIC).context("cannot write the state")?;
+    state
+        .write_all(&crc32c::crc32c(&body).to_le_bytes())
+        .context("cannot write the state")?;
+    state.write_all(&body).context("cannot write the state")?;
+    state.sync_all().context("cannot write the state")?;
+
+    let out = File::create_new(dir.join(MEMORY)).context("cannot make the memory file")?;
+    out.set_len(memory.size_bytes())
+        .context("cannot size the memory file")?;
+    let mut piece = vec![0; PIECE];
+    for r in memory.regions() {
+        for at in (0..r.size_bytes).step_by(PIECE) {
+            let n = (r.size_bytes - at).min(PIECE as u64) as usize;
+            let part = piece.get_mut(..n).unwrap_or_default();
+            memory
+                .read(r.gpa + at, part)
+                .context("cannot read guest memory")?;
+            if part.iter().any(|b| *b != 0) {
+                out.write_all_at(part, r.ram_offset + at)
+                    .context("cannot write the memory")?;
+            }
+        }
+    }
+    out.sync_all().context("cannot write the memory")?;
+
+    let text = manifest.to_json().map_err(anyhow::Error::msg)?;
+    let mut file = File::create_new(dir.join(MANIFEST)).context("cannot make the manifest")?;
+    file.write_all(text.as_bytes())
+        .context("cannot write the manifest")?;
+    file.sync_all().context("cannot write the manifest")
+}
+
+/// Reads the sections of a snapshot.
+pub fn read_sections(dir: &Path) -> Result<Vec<Section>> {
+    let mut file = File::open(dir.join(STATE)).context("cannot open the state file")?;
+    let size = file.metadata().context("cannot read the state file")?.len();
+    if size > MAX_STATE_BYTES {
+        bail!("the state file is too large");
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)
+        .context("cannot read the state file")?;
+    let Some(rest) = bytes.strip_prefix(MAGIC) else {
+        bail!("this is no state file")
+    };
+    let Some((crc, body)) = rest.split_first_chunk::<4>() else {
+        bail!("the state file is truncated");
+    };
+    if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
+        bail!("the state file is damaged");
+    }
+    minicbor::decode(body).map_err(|e| anyhow::anyhow!("the state file is damaged: {e}"))
+}
+
+/// Fills zeroed memory from a snapshot.
+pub fn read_memory(dir: &Path, memory: &GuestMemory) -> Result<()> {
+    let file = File::open(dir.join(MEMORY)).context("cannot open the memory file")?;
+    let mut piece = vec![0; PIECE];
+    for r in memory.regions() {
+        for at in (0..r.size_bytes).step_by(PIECE) {
+            let n = (r.size_bytes - at).min(PIECE as u64) as usize;
+            let part = piece.get_mut(..n).unwrap_or_default();
+            file.read_exact_at(part, r.ram_offset + at)
+                .context("cannot read the memory file")?;
+            if part.iter().any(|b| *b != 0) {
+                memory
+                    .write(r.gpa + at, part)
+                    .context("cannot write guest memory")?;
+            }
+        }
+    }
+    Ok(())
+}
