@@ -94,10 +94,11 @@ impl Interp {
     pub(crate) fn forget(&mut self) {
         self.cache.iter_mut().for_each(|c| *c = None);
     }
-    /// True if the guest's CPUID advertises the instruction.
-    pub fn allows(&self, i: &iced_x86::Instruction) -> bool {
-        let _ = i;
-        true
+
+    /// True if the guest's CPUID advertises the instruction, for the translator. False before the
+    /// interpreter has executed anything: then nobody has read the table yet.
+    pub fn allows(&self, i: &Instruction) -> bool {
+        self.native.allows(i)
     }
 }
 

@@ -215,8 +215,8 @@ impl SoftVcpu {
             // The exit request may be left over from an event that was withdrawn; taking events
             // clears it, else translated code would leave at once, for ever.
             let me = self.shared();
-            let wanted = me.events.load(Ordering::SeqCst)
-                | me.frame.exit_request().load(Ordering::SeqCst);
+            let wanted =
+                me.events.load(Ordering::SeqCst) | me.frame.exit_request().load(Ordering::SeqCst);
             if wanted != 0
                 && let Some(reason) = self.take_events()
             {

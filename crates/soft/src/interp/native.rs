@@ -105,6 +105,13 @@ impl Native {
             info: InstructionInfoFactory::new(),
         })
     }
+
+    /// True if the guest's CPUID is known to announce the instruction.
+    pub fn allows(&self, i: &Instruction) -> bool {
+        self.announced
+            .as_ref()
+            .is_some_and(|set| set.all(i.cpuid_features()))
+    }
 }
 
 /// True if the guest's CPUID announces what the instruction belongs to.
