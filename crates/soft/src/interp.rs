@@ -29,7 +29,7 @@ pub mod string;
 mod tests;
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
-use pyrite_engine::{CpuidEntry, EngineError};
+use pyrite_engine::{CpuidEntry, CpuidTable, EngineError};
 use pyrite_x86::bits::rflags;
 use pyrite_x86::{InterruptShadow, sreg};
 
@@ -76,17 +76,17 @@ pub struct Interp {
     cache: Box<[Option<Cached>]>,
     /// Prepared host instructions.
     pub(crate) native: native::Native,
-    /// How the decoder treats encodings on which vendors differ; found on first use.
-    options: Option<u32>,
+    /// How the decoder treats encodings on which vendors differ.
+    options: u32,
 }
 
 impl Interp {
     /// Empty caches.
-    pub fn new() -> Result<Interp, EngineError> {
+    pub fn new(cpuid: &CpuidTable) -> Result<Interp, EngineError> {
         Ok(Interp {
             cache: (0..CACHE_SLOTS).map(|_| None).collect(),
-            native: native::Native::new()?,
-            options: None,
+            native: native::Native::new(cpuid)?,
+            options: vendor_options(cpuid.get(0, 0)),
         })
     }
 
@@ -94,10 +94,10 @@ impl Interp {
     pub(crate) fn forget(&mut self) {
         self.cache.iter_mut().for_each(|c| *c = None);
     }
-    /// True if the guest's CPUID advertises the instruction.
-    pub fn allows(&self, i: &iced_x86::Instruction) -> bool {
-        let _ = i;
-        true
+
+    /// True if the guest's CPUID advertises the instruction, for the translator.
+    pub fn allows(&self, i: &Instruction) -> bool {
+        self.native.allows(i)
     }
 }
 
@@ -220,14 +220,7 @@ fn decode_new(
 ) -> Result<Op, Exception> {
     let raw = bytes.to_le_bytes();
     let rip = v.frame.cpu.rip;
-    let options = match v.interp.options {
-        Some(o) => o,
-        None => *v
-            .interp
-            .options
-            .insert(vendor_options(v.vm.cpuid.get(0, 0))),
-    };
-    let mut decoder = Decoder::with_ip(mode, &raw[..room], rip, options);
+    let mut decoder = Decoder::with_ip(mode, &raw[..room], rip, v.interp.options);
     let mut i = Instruction::default();
     decoder.decode_out(&mut i);
     match decoder.last_error() {

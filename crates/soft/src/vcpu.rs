@@ -92,12 +92,13 @@ impl SoftVcpu {
             t.flush();
         }
         let xlate = xlate::Translator::new(&vm, &mut frame)?;
+        let interp = interp::Interp::new(&vm.cpuid)?;
         let mut v = SoftVcpu {
             frame,
             vm,
             index,
             notes: Box::default(),
-            interp: interp::Interp::new()?,
+            interp,
             xlate,
             stats: Stats::default(),
             irq_waiting: true,

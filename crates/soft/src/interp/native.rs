@@ -25,7 +25,7 @@ use iced_x86::{
     CodeSize, CpuidFeature, Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic,
     OpAccess, OpKind, Register,
 };
-use pyrite_engine::{EngineError, StopReason};
+use pyrite_engine::{CpuidTable, EngineError, StopReason};
 use pyrite_x86::bits::{cr0, cr4, rflags, vector};
 use pyrite_x86::{gpr, sreg};
 
@@ -90,38 +90,32 @@ pub struct Native {
     plans: Vec<Arc<Plan>>,
     /// By instruction bytes and code width.
     known: HashMap<(u128, u32), u32>,
-    announced: Option<Announced>,
+    announced: Announced,
     info: InstructionInfoFactory,
 }
 
 impl Native {
     /// Nothing prepared.
-    pub fn new() -> Result<Native, EngineError> {
+    pub fn new(cpuid: &CpuidTable) -> Result<Native, EngineError> {
         Ok(Native {
             unit: Unit::new()?,
             plans: Vec::new(),
             known: HashMap::new(),
-            announced: None,
+            announced: Announced::new(cpuid),
             info: InstructionInfoFactory::new(),
         })
     }
-}
 
-/// True if the guest's CPUID announces what the instruction belongs to.
-pub fn announced(v: &mut SoftVcpu, i: &Instruction) -> bool {
-    let table = &v.vm.cpuid;
-    let set = v
-        .interp
-        .native
-        .announced
-        .get_or_insert_with(|| Announced::new(table));
-    set.all(i.cpuid_features())
+    /// True if the guest's CPUID announces what the instruction belongs to.
+    pub fn allows(&self, i: &Instruction) -> bool {
+        self.announced.all(i.cpuid_features())
+    }
 }
 
 /// Chooses the handler of an instruction that the other modules do not execute.
 pub fn prepare(v: &mut SoftVcpu, op: &mut Op, bytes: u128) -> Result<(), Exception> {
     op.run = integer::undefined;
-    if !announced(v, &op.i) {
+    if !v.interp.native.allows(&op.i) {
         return Ok(());
     }
     if let Some(run) = x87::handler(&op.i).or_else(|| lanes::handler(&op.i)) {

@@ -30,7 +30,7 @@ pub fn select(v: &mut SoftVcpu, i: &Instruction, mode: u32, bytes: u128) -> Resu
     let m = i.mnemonic();
     if let Some(run) = own.or_else(|| arithmetic(m)).or_else(|| other(m)) {
         op.run = match m {
-            _ if native::announced(v, i) => run,
+            _ if v.interp.allows(i) => run,
             // The prefix that makes them is ignored where they do not exist.
             Mnemonic::Tzcnt => bits::bsf,
             Mnemonic::Lzcnt => bits::bsr,
