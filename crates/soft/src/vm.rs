@@ -317,6 +317,14 @@ impl SoftVm {
     }
 }
 
+#[cfg(test)]
+impl SoftVm {
+    /// The vCPU itself, for tests of the parts.
+    pub(crate) fn take_soft(&self, index: u32) -> Option<Box<SoftVcpu>> {
+        lock(&self.vcpus).get_mut(index as usize)?.take()
+    }
+}
+
 struct Control {
     shared: Arc<VmShared>,
     index: u32,
