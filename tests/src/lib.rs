@@ -1,1 +1,196 @@
 //! System tests of the pyrite executable. The tests are in `tests/`; this library is their harness.
+#![forbid(unsafe_code)]
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+pub mod guest;
+
+/// The pyrite executable of this build, built if need be.
+pub fn pyrite() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        // target/PROFILE/deps/this-test
+        let exe = std::env::current_exe().expect("path of the test");
+        let profile_dir = exe
+            .parent()
+            .and_then(Path::parent)
+            .expect("target directory");
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "-p", "pyrite-cli"]);
+        if profile_dir.ends_with("release") {
+            build.arg("--release");
+        }
+        if let Some(target) = profile_dir.parent() {
+            build.arg("--target-dir").arg(target);
+        }
+        assert!(
+            build.status().expect("cargo").success(),
+            "pyrite does not build"
+        );
+        profile_dir.join("pyrite")
+    })
+}
+
+/// A directory that goes away with the test.
+pub struct Scratch(pub PathBuf);
+
+impl Scratch {
+    /// A new one; `name` must differ between tests.
+    pub fn new(name: &str) -> Scratch {
+        let dir = std::env::temp_dir().join(format!("pyrite-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).expect("temporary directory");
+        Scratch(dir)
+    }
+    /// A file in it.
+    pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::write(&path, bytes).expect("temporary file");
+        path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs pyrite to its end with empty input.
+pub fn run(args: &[&str]) -> Output {
+    Command::new(pyrite())
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .expect("pyrite runs")
+}
+
+/// A running pyrite, talked to through pipes.
+pub struct Session {
+    child: Child,
+    input: Option<ChildStdin>,
+    pieces: Receiver<Vec<u8>>,
+    seen: String,
+    errors: Arc<Mutex<String>>,
+}
+
+impl Session {
+    /// Starts pyrite.
+    pub fn start(command: &mut Command) -> Session {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("pyrite starts");
+        let mut output = child.stdout.take().expect("piped");
+        let (sender, pieces) = channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = output.read(&mut buffer) {
+                if sender.send(buffer[..n].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        let errors: Arc<Mutex<String>> = Arc::default();
+        let mut stderr = child.stderr.take().expect("piped");
+        let kept = Arc::clone(&errors);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = stderr.read(&mut buffer) {
+                let text = String::from_utf8_lossy(&buffer[..n]).into_owned();
+                kept.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push_str(&text);
+            }
+        });
+        let input = child.stdin.take();
+        Session {
+            child,
+            input,
+            pieces,
+            seen: String::new(),
+            errors,
+        }
+    }
+
+    /// Types.
+    pub fn send(&mut self, text: &str) {
+        let input = self.input.as_mut().expect("input is open");
+        input
+            .write_all(text.as_bytes())
+            .and_then(|()| input.flush())
+            .expect("input is taken");
+    }
+
+    /// Waits until the guest has printed `text` since the last call; panics with everything that
+    /// was seen if that takes longer than `limit`.
+    pub fn expect(&mut self, text: &str, limit: Duration) {
+        let until = Instant::now() + limit;
+        loop {
+            if let Some(at) = self.seen.find(text) {
+                self.seen.drain(..at + text.len());
+                return;
+            }
+            match self
+                .pieces
+                .recv_timeout(until.saturating_duration_since(Instant::now()))
+            {
+                Ok(p) => self.seen.push_str(&String::from_utf8_lossy(&p)),
+                Err(e) => panic!(
+                    "no {text:?} ({e}); seen:\n{}\nstandard error:\n{}",
+                    self.seen,
+                    self.errors()
+                ),
+            }
+        }
+    }
+
+    /// What came on standard error so far.
+    pub fn errors(&self) -> String {
+        self.errors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Process id of pyrite.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for the end; the exit code and the rest of what was printed.
+    pub fn end(mut self, limit: Duration) -> (i32, String, String) {
+        let until = Instant::now() + limit;
+        let status = loop {
+            match self.child.try_wait().expect("pyrite can be waited for") {
+                Some(status) => break status,
+                None if Instant::now() > until => {
+                    panic!("does not end; seen:\n{}\n{}", self.seen, self.errors());
+                }
+                None => std::thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        while let Ok(p) = self.pieces.recv_timeout(Duration::from_secs(5)) {
+            self.seen.push_str(&String::from_utf8_lossy(&p));
+        }
+        let errors = self.errors();
+        (
+            status.code().unwrap_or(-1),
+            std::mem::take(&mut self.seen),
+            errors,
+        )
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -47,7 +47,11 @@ fn cargo(args: &[&str]) -> Result<(), String> {
         .args(args)
         .status()
         .map_err(|e| format!("cannot start cargo: {e}"))?;
-    if status.success() { Ok(()) } else { Err(format!("cargo {}: {status}", args.join(" "))) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("cargo {}: {status}", args.join(" ")))
+    }
 }
 
 /// True if `cargo <name>` is installed.
@@ -62,7 +66,15 @@ fn steps(guests: bool) -> ExitCode {
     let run = || -> Result<(), String> {
         cargo(&["fmt", "--all", "--check"])?;
         tidy::check()?;
-        cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"])?;
+        cargo(&[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ])?;
         // The system tests run this binary.
         cargo(&["build", "--quiet", "-p", "pyrite-cli"])?;
         let mut args = if has("nextest") {

@@ -35,12 +35,19 @@ const FILE_LINES_MAX: usize = 1000;
 
 /// Words that must not appear in sources, put together so that this file does not hold them.
 fn forbidden_words() -> Vec<String> {
-    ["to".to_owned() + "do!(", "unimplemented".to_owned() + "!(", "#[ig".to_owned() + "nore"].into()
+    [
+        "to".to_owned() + "do!(",
+        "unimplemented".to_owned() + "!(",
+        "#[ig".to_owned() + "nore",
+    ]
+    .into()
 }
 
 /// Checks everything and lists all violations.
 pub fn check() -> Result<(), String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().ok_or("no workspace root")?;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .ok_or("no workspace root")?;
     let mut bad = Vec::new();
     layers(root, &mut bad)?;
     let mut files = Vec::new();
@@ -51,7 +58,11 @@ pub fn check() -> Result<(), String> {
         file(root, f, &mut bad)?;
     }
     readme(root, &mut bad)?;
-    if bad.is_empty() { Ok(()) } else { Err(format!("\n  {}", bad.join("\n  "))) }
+    if bad.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("\n  {}", bad.join("\n  ")))
+    }
 }
 
 fn read(p: &Path) -> Result<String, String> {
@@ -64,12 +75,16 @@ fn layers(root: &Path, bad: &mut Vec<String>) -> Result<(), String> {
         let text = read(&root.join("crates").join(name).join("Cargo.toml"))?;
         let deps = text.split("[dev-dependencies]").next().unwrap_or("");
         for line in deps.lines() {
-            let Some(dep) = line.strip_prefix("pyrite-") else { continue };
+            let Some(dep) = line.strip_prefix("pyrite-") else {
+                continue;
+            };
             let dep = dep.split(['.', ' ', '=']).next().unwrap_or("");
             match level(dep) {
                 None => bad.push(format!("{name}: unknown crate pyrite-{dep}")),
                 Some(l) if l >= *own => {
-                    bad.push(format!("{name} (layer {own}) must not depend on {dep} (layer {l})"));
+                    bad.push(format!(
+                        "{name} (layer {own}) must not depend on {dep} (layer {l})"
+                    ));
                 }
                 Some(_) => {}
             }
@@ -107,7 +122,9 @@ fn file(root: &Path, path: &Path, bad: &mut Vec<String>) -> Result<(), String> {
     }
     // A module that opts in to unsafe code says why in its header.
     if text.contains("allow(unsafe_code") && !text.contains("UNSAFETY:") {
-        bad.push(format!("{shown}: allows unsafe code without an UNSAFETY comment"));
+        bad.push(format!(
+            "{shown}: allows unsafe code without an UNSAFETY comment"
+        ));
     }
     Ok(())
 }
@@ -117,7 +134,9 @@ fn readme(root: &Path, bad: &mut Vec<String>) -> Result<(), String> {
     let text = read(&root.join("README.md"))?;
     let blocks = text.matches("```sh\n").count();
     if blocks != 2 {
-        bad.push(format!("README.md: {blocks} set-up commands (```sh blocks), must be 2"));
+        bad.push(format!(
+            "README.md: {blocks} set-up commands (```sh blocks), must be 2"
+        ));
     }
     if !text.contains("cargo xtask test") {
         bad.push("README.md: the test command is not there".to_owned());

@@ -97,9 +97,17 @@ pub fn probe_kvm() -> KvmVerdict {
     }
 }
 
+#[derive(Default)]
+struct Seen {
+    stamps: Vec<Instant>,
+    exit: Option<u8>,
+    control: Option<Arc<dyn VcpuControl>>,
+}
+
 /// The board of a probe: two time stamps, then the end.
+#[derive(Default)]
 struct Stamps {
-    inner: Mutex<(Vec<Instant>, Option<u8>, Option<Arc<dyn VcpuControl>>)>,
+    inner: Mutex<Seen>,
 }
 
 impl CpuIo for Stamps {
@@ -115,10 +123,10 @@ impl CpuIo for Stamps {
         let mut i = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         match port {
             // LIMIT: a guest that goes astray may not fill memory.
-            0xf1 if i.0.len() < 2 => i.0.push(now),
+            0xf1 if i.stamps.len() < 2 => i.stamps.push(now),
             0xf4 => {
-                i.1 = data.first().copied();
-                if let Some(c) = &i.2 {
+                i.exit = data.first().copied();
+                if let Some(c) = &i.control {
                     c.stop();
                 }
             }
@@ -133,9 +141,7 @@ impl CpuIo for Stamps {
 
 /// Runs one micro-guest; the time between its two stamps.
 fn run(guest: ProbeGuest) -> Result<Duration, String> {
-    let board = Arc::new(Stamps {
-        inner: Mutex::new((Vec::new(), None, None)),
-    });
+    let board = Arc::<Stamps>::default();
     let (memory, state) = probe_guest(guest).map_err(|e| e.to_string())?;
     let memory: Arc<GuestMemory> = Arc::new(memory);
     let start = Instant::now();
@@ -148,7 +154,11 @@ fn run(guest: ProbeGuest) -> Result<Duration, String> {
     };
     let vm = kvm::KvmVm::new(config).map_err(|e| e.to_string())?;
     let control = vm.control(0);
-    board.inner.lock().unwrap_or_else(PoisonError::into_inner).2 = Some(Arc::clone(&control));
+    board
+        .inner
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .control = Some(Arc::clone(&control));
     let mut vcpu = vm.take_vcpu(0).map_err(|e| e.to_string())?;
     vcpu.set_state(&state).map_err(|e| e.to_string())?;
     let (tx, rx) = mpsc::channel();
@@ -168,7 +178,7 @@ fn run(guest: ProbeGuest) -> Result<Duration, String> {
         }
     };
     let inner = board.inner.lock().unwrap_or_else(PoisonError::into_inner);
-    match (reason, inner.1) {
+    match (reason, inner.exit) {
         (StopReason::Requested, Some(1)) => {}
         // The first line says what; the registers after it are for a log.
         (StopReason::Failed(e), _) => {
@@ -179,7 +189,7 @@ fn run(guest: ProbeGuest) -> Result<Duration, String> {
         (StopReason::TripleFault, _) => return Err("triple fault".to_owned()),
         _ => return Err("wrong result".to_owned()),
     }
-    match inner.0.as_slice() {
+    match inner.stamps.as_slice() {
         [a, b, ..] => Ok(b.duration_since(*a)),
         _ => Ok(Duration::ZERO),
     }

@@ -586,7 +586,8 @@ fn check_segments(s: &CpuState) -> Result<(), String> {
         }
         let code = seg.ty() & 8 != 0;
         match n {
-            sreg::CS if protected && !vm86 && !code => return bad("CS is not code"),
+            // Without paging it may be what real mode left, before the first far jump.
+            sreg::CS if s.cr0 & cr0::PG != 0 && !vm86 && !code => return bad("CS is not code"),
             sreg::CS if seg.l() && seg.db() && long => return bad("L and D together"),
             sreg::SS if protected && !vm86 && (code || seg.ty() & 2 == 0) => {
                 return bad("SS is not writable data");
@@ -617,7 +618,7 @@ fn check_xsave(s: &CpuState, features: u64) -> Result<(), String> {
     // x87 always; AVX needs SSE; the AVX-512 bits come together and need AVX. SDM Vol. 1 §13.3.
     let avx512 = x & 0xe0;
     if x & 1 == 0
-        || x & !XCR0_KNOWN & !0x600 != 0
+        || x & !XCR0_KNOWN != 0
         || x & !features != 0
         || x & 6 == 4
         || (avx512 != 0 && (avx512 != 0xe0 || x & 4 == 0))
@@ -650,8 +651,7 @@ fn check_xsave(s: &CpuState, features: u64) -> Result<(), String> {
 fn check_events(s: &CpuState) -> Result<(), String> {
     if let Some(p) = &s.pending_event {
         let pushes = matches!(p.vector, 8 | 10..=14 | 17 | 21);
-        if (p.external && p.software)
-            || (p.external && p.error_code.is_some())
+        if (p.external && (p.software || p.error_code.is_some()))
             || (p.error_code.is_some() && (p.software || !pushes))
             || p.error_code.is_some_and(|e| e > 0xffff && p.vector != 14)
             || (!p.external && !p.software && p.vector > 31)

@@ -29,7 +29,7 @@ pub mod string;
 mod tests;
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
-use pyrite_engine::EngineError;
+use pyrite_engine::{CpuidEntry, CpuidTable, EngineError};
 use pyrite_x86::bits::rflags;
 use pyrite_x86::{InterruptShadow, sreg};
 
@@ -82,11 +82,11 @@ pub struct Interp {
 
 impl Interp {
     /// Empty caches.
-    pub fn new() -> Result<Interp, EngineError> {
+    pub fn new(cpuid: &CpuidTable) -> Result<Interp, EngineError> {
         Ok(Interp {
             cache: (0..CACHE_SLOTS).map(|_| None).collect(),
-            native: native::Native::new()?,
-            options: DecoderOptions::NONE,
+            native: native::Native::new(cpuid)?,
+            options: vendor_options(cpuid.get(0, 0)),
         })
     }
 
@@ -94,10 +94,10 @@ impl Interp {
     pub(crate) fn forget(&mut self) {
         self.cache.iter_mut().for_each(|c| *c = None);
     }
-    /// True if the guest's CPUID advertises the instruction.
-    pub fn allows(&self, i: &iced_x86::Instruction) -> bool {
-        let _ = i;
-        true
+
+    /// True if the guest's CPUID advertises the instruction, for the translator.
+    pub fn allows(&self, i: &Instruction) -> bool {
+        self.native.allows(i)
     }
 }
 
@@ -229,6 +229,8 @@ fn decode_new(
             // Either the instruction reaches into a page that faults, or it is too long.
             return Err(fault.unwrap_or(Exception::gp(0)));
         }
+        // The decoder gives up at the 15th byte of what is too long.
+        _ if decoder.position() == INSN_BYTES_MAX => return Err(Exception::gp(0)),
         _ => return Err(Exception::UD),
     }
     if i.code() == Code::INVALID {
@@ -245,4 +247,15 @@ fn decode_new(
         op,
     });
     Ok(op)
+}
+
+/// AMD and Intel differ in what 66H does to near branches in 64-bit code, among others. The guest
+/// gets what its CPUID says it is.
+fn vendor_options(leaf0: Option<&CpuidEntry>) -> u32 {
+    // EBX of "AuthenticAMD" and "HygonGenuine".
+    let amd = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
+    match leaf0 {
+        Some(e) if amd.contains(&e.ebx) => DecoderOptions::AMD,
+        _ => DecoderOptions::NONE,
+    }
 }

@@ -92,12 +92,13 @@ impl SoftVcpu {
             t.flush();
         }
         let xlate = xlate::Translator::new(&vm, &mut frame)?;
+        let interp = interp::Interp::new(&vm.cpuid)?;
         let mut v = SoftVcpu {
             frame,
             vm,
             index,
             notes: Box::default(),
-            interp: interp::Interp::new()?,
+            interp,
             xlate,
             stats: Stats::default(),
             irq_waiting: true,
@@ -215,8 +216,8 @@ impl SoftVcpu {
             // The exit request may be left over from an event that was withdrawn; taking events
             // clears it, else translated code would leave at once, for ever.
             let me = self.shared();
-            let wanted = me.events.load(Ordering::SeqCst)
-                | me.frame.exit_request().load(Ordering::SeqCst);
+            let wanted =
+                me.events.load(Ordering::SeqCst) | me.frame.exit_request().load(Ordering::SeqCst);
             if wanted != 0
                 && let Some(reason) = self.take_events()
             {
@@ -229,6 +230,12 @@ impl SoftVcpu {
                     continue;
                 }
                 Activity::Running | Activity::Halted => {}
+            }
+            if let Some(p) = self.frame.cpu.pending_event.take() {
+                if let Err(Trap::Stop(reason)) = sys::event::pending(self, p) {
+                    return reason;
+                }
+                continue;
             }
             let trap = match self.take_interrupt() {
                 Ok(true) => continue,

@@ -321,15 +321,18 @@ impl SoftVm {
     /// The vCPU `index` by its own type, once: for tests that reach into its state between runs
     /// without the cost of [`Vcpu::set_state`]. Otherwise as [`Vm::take_vcpu`].
     pub fn take_soft_vcpu(&self, index: u32) -> Result<Box<SoftVcpu>, EngineError> {
-        match lock(&self.vcpus)
+        lock(&self.vcpus)
             .get_mut(index as usize)
             .and_then(Option::take)
-        {
-            Some(v) => Ok(v),
-            None => Err(EngineError::Internal(format!(
-                "vCPU {index} is not there or was taken"
-            ))),
-        }
+            .ok_or_else(|| EngineError::Internal(format!("vCPU {index} is not there or was taken")))
+    }
+}
+
+#[cfg(test)]
+impl SoftVm {
+    /// The vCPU itself, for tests of the parts.
+    pub(crate) fn take_soft(&self, index: u32) -> Option<Box<SoftVcpu>> {
+        lock(&self.vcpus).get_mut(index as usize)?.take()
     }
 }
 

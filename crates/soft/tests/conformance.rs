@@ -23,7 +23,10 @@ fn conforms(options: &SoftOptions) {
 
 #[test]
 fn interpreter_conforms() {
-    conforms(&SoftOptions { translate: false, ..SoftOptions::default() });
+    conforms(&SoftOptions {
+        translate: false,
+        ..SoftOptions::default()
+    });
 }
 
 #[test]
@@ -33,15 +36,24 @@ fn translator_conforms() {
 
 #[test]
 fn translator_without_links_conforms() {
-    conforms(&SoftOptions { link: false, ..SoftOptions::default() });
+    conforms(&SoftOptions {
+        link: false,
+        ..SoftOptions::default()
+    });
 }
 
 #[test]
 fn translator_with_single_instruction_blocks_conforms() {
-    conforms(&SoftOptions { block_insns_max: 1, ..SoftOptions::default() });
+    conforms(&SoftOptions {
+        block_insns_max: 1,
+        ..SoftOptions::default()
+    });
 }
 
 #[test]
 fn translator_with_a_tiny_cache_conforms() {
-    conforms(&SoftOptions { code_cache_bytes: 64 << 10, ..SoftOptions::default() });
+    conforms(&SoftOptions {
+        code_cache_bytes: 64 << 10,
+        ..SoftOptions::default()
+    });
 }

@@ -101,11 +101,12 @@ fn check_boot(spec: &VmSpec, errors: &mut Vec<SpecError>) {
         errors.push(SpecError::new("boot.modules", problem));
     }
     // Other kernels may take any bytes as their initrd.
-    if is_linux && let Some(path) = &spec.boot.initrd {
-        if let Err(problem) = check_initrd(path) {
-            let problem = format!("{}: {problem}", path.display());
-            errors.push(SpecError::new("boot.initrd", problem));
-        }
+    if is_linux
+        && let Some(path) = &spec.boot.initrd
+        && let Err(problem) = check_initrd(path)
+    {
+        let problem = format!("{}: {problem}", path.display());
+        errors.push(SpecError::new("boot.initrd", problem));
     }
 }
 

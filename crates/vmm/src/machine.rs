@@ -19,7 +19,7 @@ use pyrite_net::usernet::{Forward, ForwardProtocol, Usernet, UsernetConfig};
 use pyrite_vdev::{IntrSink, Lifecycle, MachineEvents, MsiMessage, MsiSink, PciFunction, VmClock};
 use pyrite_virtio::{
     Balloon, Blk, BlkConfig, Console as VirtioConsole, Net, NetConfig, PortConfig, Rng,
-    VirtioDevice, VirtioPciDevice,
+    VirtioDevice, VirtioPciDevice, Vsock, VsockConfig,
 };
 
 use crate::engines::Engine;
@@ -27,6 +27,8 @@ use crate::run::console::Console;
 
 /// First PCI slot of configured devices.
 const FIRST_SLOT: u8 = 1;
+/// Context id of the guest on its vsock: the first that is not reserved.
+const GUEST_CID: u32 = 3;
 
 /// Why a machine could not be assembled.
 #[derive(Debug)]
@@ -280,6 +282,15 @@ fn plug_devices(
     if spec.balloon {
         let balloon = Balloon::new().map_err(|e| host("memory balloon")(e.into()))?;
         slots.plug("virtio-balloon0", Box::new(balloon))?;
+    }
+    if let Some(path) = &spec.vsock {
+        let config = VsockConfig {
+            guest_cid: GUEST_CID,
+            base: path.clone(),
+        };
+        let vsock = Vsock::new(config)
+            .map_err(|e| input("vsock", format!("cannot listen on {}: {e}", path.display())))?;
+        slots.plug("virtio-vsock0", Box::new(vsock))?;
     }
     Ok(())
 }

@@ -48,8 +48,13 @@ pub fn serve(mut control: UnixStream, console: UnixStream) -> Result<()> {
     }
     let ending = match assemble(hello, from, &control, console) {
         Ok((driver, console)) => {
+            let socket = driver.spec.vsock.clone();
             let ending = driver.drive();
             console.finish(SHOW_WITHIN);
+            if let Some(path) = socket {
+                // The process ends without dropping its devices.
+                let _ = std::fs::remove_file(path);
+            }
             ending
         }
         Err(AssemblyError::Input(errors)) => Ending::BadInput { errors },

@@ -202,7 +202,7 @@ impl Driver {
             booted_at_ns: 0,
             panic: None,
         };
-        let ending = running.to_the_end();
+        let ending = running.until_the_end();
         if running.running {
             // Units hold host resources that their drop releases; vCPUs must not touch them then.
             if let Err(e) = running.pause() {
@@ -222,7 +222,7 @@ fn failed(e: &anyhow::Error) -> Ending {
 }
 
 impl Running {
-    fn to_the_end(&mut self) -> Ending {
+    fn until_the_end(&mut self) -> Ending {
         let begun = match self.d.spec.restore.clone() {
             Some(dir) => self.restore(&dir).map_err(|e| failed(&e)),
             None => self.boot(),

@@ -42,14 +42,13 @@ macro_rules! guest {
             ),
             options(att_syntax, raw)
         );
-        #[allow(non_upper_case_globals, reason = "named after the guest")]
-        pub(super) static $name: fn() -> &'static [u8; 4096] = || {
+        pub(super) fn $name() -> &'static [u8; 4096] {
             unsafe extern "C" {
                 #[link_name = concat!("pyrite_conformance_", stringify!($name))]
                 safe static IMAGE: [u8; 4096];
             }
             &IMAGE
-        };
+        }
     };
 }
 pub(super) use guest;

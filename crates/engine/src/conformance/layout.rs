@@ -123,8 +123,8 @@ pub(super) fn fill(m: &GuestMemory, image: &[u8], entry: Entry) -> Result<(), Me
     }
     stubs(m, STUBS64, HANDLERS64)?;
     stubs(m, STUBS32, HANDLERS32)?;
-    m.write(HANDLERS64, &(asm::handlers64)()[..0x200])?;
-    m.write(HANDLERS32, &(asm::handlers32)()[..0x200])?;
+    m.write(HANDLERS64, &asm::handlers64()[..0x200])?;
+    m.write(HANDLERS32, &asm::handlers32()[..0x200])?;
     // Where an exception that nobody expects goes: mov $2, %al; out %al, $0xf4; jmp .
     m.write(GIVE_UP, &[0xb0, 2, 0xe6, 0xf4, 0xeb, 0xfe])?;
     m.write(VARIABLES + 4, &(GIVE_UP as u32).to_le_bytes())?;
@@ -156,7 +156,7 @@ fn page_tables(m: &GuestMemory) -> Result<(), MemError> {
     // 4 levels: 20000 PML4, 21000 PDPT, 22000 PD (0-1 GiB), 23000 PT, 24000 PD (3-4 GiB).
     put(m, 0x20000, &[0x21007])?;
     put(m, 0x21000, &[0x22007, 0x87, 0, 0x24007])?;
-    let large = |base: u64| (0..512u64).map(move |n| base + n * 0x20_0000 | 0x87);
+    let large = |base: u64| (0..512u64).map(move |n| (base + n * 0x20_0000) | 0x87);
     let small = (0..512u64).map(|n| n << 12 | 7).collect::<Vec<_>>();
     let mut low: Vec<u64> = large(0).collect();
     low[0] = 0x23007;

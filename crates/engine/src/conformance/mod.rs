@@ -202,6 +202,9 @@ pub fn cpuid() -> CpuidTable {
     }
 }
 
+/// vCPUs that have stopped, and why.
+type Stopped = Vec<(Box<dyn Vcpu>, StopReason)>;
+
 /// A VM with its board, ready to run.
 struct Rig {
     vm: Arc<dyn Vm>,
@@ -237,7 +240,7 @@ impl Rig {
     }
 
     /// Runs all vCPUs until they have stopped.
-    fn run(&self, vcpus: Vec<Box<dyn Vcpu>>) -> Result<Vec<(Box<dyn Vcpu>, StopReason)>, String> {
+    fn run(&self, vcpus: Vec<Box<dyn Vcpu>>) -> Result<Stopped, String> {
         let (tx, rx) = mpsc::channel();
         let count = vcpus.len();
         for (n, mut v) in vcpus.into_iter().enumerate() {

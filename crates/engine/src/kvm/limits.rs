@@ -46,6 +46,14 @@ const EMULATED: &[(&str, &str)] = &[
         "the emulator lacks a far CALL to a TSS",
     ),
     (
+        "segments/task-switch-16",
+        "the emulator lacks a far CALL to a TSS",
+    ),
+    (
+        "segments/io-permission",
+        "the emulator lacks IRET in protected mode",
+    ),
+    (
         "segments/sysenter",
         "the emulator lacks IRET in protected mode",
     ),
@@ -79,6 +87,10 @@ const EMULATED: &[(&str, &str)] = &[
     ("system/cmpxchg16b", "the emulator lacks CMPXCHG16B"),
     ("system/device-not-available", "the emulator lacks FNOP"),
     ("system/debug", "the emulator lacks INT1"),
+    (
+        "apic/level-eoi",
+        "the EOI exit comes at delivery, before the guest writes EOI",
+    ),
     (
         "apic/interrupt-shadows",
         "interrupts wait until the emulator leaves its loop",

@@ -436,10 +436,11 @@ impl Vm for KvmVm {
 
     fn set_pic_intr(&self, level: bool) {
         let was = self.shared.pic_intr.swap(level, Ordering::SeqCst);
-        if level && !was {
-            if let Some(r) = self.shared.remotes.first() {
-                r.kick();
-            }
+        if level
+            && !was
+            && let Some(r) = self.shared.remotes.first()
+        {
+            r.kick();
         }
     }
 
@@ -496,3 +497,6 @@ impl Vm for KvmVm {
         ])
     }
 }
+
+#[cfg(test)]
+mod tests;

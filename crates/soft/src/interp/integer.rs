@@ -228,8 +228,6 @@ pub fn cmpxchg(v: &mut SoftVcpu, op: &Op) -> Done {
         let old = read_reg(v, i.op0_register());
         if old == expected {
             write_reg(v, i.op0_register(), new);
-        } else if size == 4 {
-            write_reg(v, i.op0_register(), old);
         }
         old
     } else {

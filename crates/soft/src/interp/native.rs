@@ -25,7 +25,7 @@ use iced_x86::{
     CodeSize, CpuidFeature, Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic,
     OpAccess, OpKind, Register,
 };
-use pyrite_engine::{EngineError, StopReason};
+use pyrite_engine::{CpuidTable, EngineError, StopReason};
 use pyrite_x86::bits::{cr0, cr4, rflags, vector};
 use pyrite_x86::{gpr, sreg};
 
@@ -44,7 +44,7 @@ use unit::{STUBS_MAX, Unit, component};
 
 /// The state an instruction works on, which decides what is checked and loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(crate) enum State {
     /// General-purpose registers only.
     Integer,
     /// x87; `waits`: looks for pending exceptions first.
@@ -86,42 +86,36 @@ struct Plan {
 
 /// Prepared host instructions of one vCPU.
 pub struct Native {
-    unit: Unit,
+    pub(crate) unit: Unit,
     plans: Vec<Arc<Plan>>,
     /// By instruction bytes and code width.
     known: HashMap<(u128, u32), u32>,
-    announced: Option<Announced>,
+    announced: Announced,
     info: InstructionInfoFactory,
 }
 
 impl Native {
     /// Nothing prepared.
-    pub fn new() -> Result<Native, EngineError> {
+    pub fn new(cpuid: &CpuidTable) -> Result<Native, EngineError> {
         Ok(Native {
             unit: Unit::new()?,
             plans: Vec::new(),
             known: HashMap::new(),
-            announced: None,
+            announced: Announced::new(cpuid),
             info: InstructionInfoFactory::new(),
         })
     }
-}
 
-/// True if the guest's CPUID announces what the instruction belongs to.
-pub fn announced(v: &mut SoftVcpu, i: &Instruction) -> bool {
-    let table = &v.vm.cpuid;
-    let set = v
-        .interp
-        .native
-        .announced
-        .get_or_insert_with(|| Announced::new(table));
-    set.all(i.cpuid_features())
+    /// True if the guest's CPUID announces what the instruction belongs to.
+    pub fn allows(&self, i: &Instruction) -> bool {
+        self.announced.all(i.cpuid_features())
+    }
 }
 
 /// Chooses the handler of an instruction that the other modules do not execute.
 pub fn prepare(v: &mut SoftVcpu, op: &mut Op, bytes: u128) -> Result<(), Exception> {
     op.run = integer::undefined;
-    if !announced(v, &op.i) {
+    if !v.interp.native.allows(&op.i) {
         return Ok(());
     }
     if let Some(run) = x87::handler(&op.i).or_else(|| lanes::handler(&op.i)) {
@@ -288,7 +282,7 @@ fn is_immediate(k: OpKind) -> bool {
 }
 
 /// Which state an instruction works on; `None` for what must not run natively.
-fn state_of(i: &Instruction) -> Option<State> {
+pub(crate) fn state_of(i: &Instruction) -> Option<State> {
     let features = i.cpuid_features();
     let is_x87 = features.iter().any(|f| {
         matches!(
@@ -299,7 +293,8 @@ fn state_of(i: &Instruction) -> Option<State> {
                 | CpuidFeature::FPU287XL_ONLY
         )
     });
-    if is_x87 {
+    // FISTTP belongs to SSE3.
+    if is_x87 || i.mnemonic() == Mnemonic::Fisttp {
         let waits = !matches!(
             i.mnemonic(),
             Mnemonic::Fninit
@@ -312,13 +307,12 @@ fn state_of(i: &Instruction) -> Option<State> {
         );
         return Some(State::X87 { waits });
     }
-    let (mut mm, mut xmm, mut wide, mut k) = (false, false, false, i.op_mask() != Register::None);
+    let (mut mm, mut xmm, mut k) = (false, false, i.op_mask() != Register::None);
     for op in 0..i.op_count() {
         if i.op_kind(op) == OpKind::Register {
             let r = i.op_register(op);
             mm |= r.is_mm();
             xmm |= r.is_xmm();
-            wide |= r.is_ymm() || r.is_zmm();
             k |= r.is_k();
         }
     }
@@ -327,39 +321,50 @@ fn state_of(i: &Instruction) -> Option<State> {
         Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
     );
     match i.encoding() {
-        EncodingKind::Legacy if xmm || mxcsr => Some(State::Sse { mmx: mm }),
-        EncodingKind::Legacy | EncodingKind::D3NOW
-            if mm || matches!(i.mnemonic(), Mnemonic::Emms | Mnemonic::Femms) =>
-        {
-            Some(State::Mmx)
-        }
-        EncodingKind::Legacy => {
-            // The register-only sets are known by name.
-            let plain = features.iter().all(|f| {
-                matches!(
-                    f,
-                    CpuidFeature::ADX
-                        | CpuidFeature::SSE4_2
-                        | CpuidFeature::RDRAND
-                        | CpuidFeature::RDSEED
-                        | CpuidFeature::X64
-                )
-            });
-            plain.then_some(State::Integer)
-        }
+        EncodingKind::Legacy | EncodingKind::D3NOW => legacy_state(i, mm, xmm || mxcsr),
         EncodingKind::EVEX => Some(State::Avx512),
         EncodingKind::VEX | EncodingKind::XOP if k => Some(State::Avx512),
-        EncodingKind::VEX | EncodingKind::XOP
-            if xmm
-                || wide
-                || mxcsr
-                || matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) =>
-        {
-            Some(State::Avx)
+        EncodingKind::VEX | EncodingKind::XOP => {
+            let integer = features.iter().all(|f| {
+                matches!(
+                    f,
+                    CpuidFeature::BMI1 | CpuidFeature::BMI2 | CpuidFeature::TBM | CpuidFeature::X64
+                )
+            });
+            Some(if integer { State::Integer } else { State::Avx })
         }
-        EncodingKind::VEX | EncodingKind::XOP => Some(State::Integer),
         _ => None,
     }
+}
+
+/// [`state_of`] for legacy encodings: an allow-list, because everything else of the processor is
+/// encoded this way too. `mm`, `xmm`: the kinds of registers among the operands.
+fn legacy_state(i: &Instruction, mm: bool, xmm: bool) -> Option<State> {
+    use CpuidFeature as F;
+    use Mnemonic as M;
+    let features = i.cpuid_features();
+    if xmm {
+        return Some(State::Sse { mmx: mm });
+    }
+    match i.mnemonic() {
+        // From memory, with the SSE unit.
+        M::Cvtps2pi | M::Cvttps2pi | M::Cvtpd2pi | M::Cvttpd2pi => {
+            return Some(State::Sse { mmx: true });
+        }
+        M::Emms | M::Femms => return Some(State::Mmx),
+        M::Crc32 | M::Adcx | M::Adox | M::Rdrand | M::Rdseed => return Some(State::Integer),
+        _ if mm => return Some(State::Mmx),
+        _ => {}
+    }
+    // Conversions from memory to general-purpose registers.
+    let sse = matches!(
+        i.mnemonic(),
+        M::Cvtss2si | M::Cvttss2si | M::Cvtsd2si | M::Cvttsd2si
+    );
+    (sse && features
+        .iter()
+        .all(|f| matches!(f, F::SSE | F::SSE2 | F::X64)))
+    .then_some(State::Sse { mmx: false })
 }
 
 /// Checks of control registers that come before any operand is touched. Intel SDM Vol. 2A §2.4,

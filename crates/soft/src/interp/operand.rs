@@ -128,7 +128,7 @@ pub fn gpr_place(r: Register) -> Option<(usize, usize, bool)> {
     } else if within(r, Register::AH, Register::BH) {
         Some((from(Register::AH) & 15, 1, true))
     } else if within(r, Register::SPL, Register::R15L) {
-        Some((from(Register::SPL) + 4 & 15, 1, false))
+        Some(((from(Register::SPL) + 4) & 15, 1, false))
     } else {
         None
     }

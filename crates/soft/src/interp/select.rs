@@ -30,7 +30,7 @@ pub fn select(v: &mut SoftVcpu, i: &Instruction, mode: u32, bytes: u128) -> Resu
     let m = i.mnemonic();
     if let Some(run) = own.or_else(|| arithmetic(m)).or_else(|| other(m)) {
         op.run = match m {
-            _ if native::announced(v, i) => run,
+            _ if v.interp.allows(i) => run,
             // The prefix that makes them is ignored where they do not exist.
             Mnemonic::Tzcnt => bits::bsf,
             Mnemonic::Lzcnt => bits::bsr,
@@ -86,6 +86,18 @@ fn special(i: &Instruction, size: &mut usize) -> Option<Handler> {
         Mnemonic::Mov if !is_gpr(0) || !is_gpr(1) => Some(system),
         Mnemonic::Mov => Some(integer::mov),
         Mnemonic::Pop if is_segment(0) => Some(system),
+        // 0F 0D is PREFETCHW and its kin: of memory only.
+        Mnemonic::Reservednop
+            if i.op0_kind() == OpKind::Register
+                && matches!(
+                    i.code(),
+                    Code::Reservednop_rm16_r16_0F0D
+                        | Code::Reservednop_rm32_r32_0F0D
+                        | Code::Reservednop_rm64_r64_0F0D
+                ) =>
+        {
+            Some(integer::undefined)
+        }
         _ => None,
     }
 }
@@ -182,7 +194,7 @@ fn branch_size(i: &Instruction) -> usize {
     }
 }
 
-fn arithmetic(m: Mnemonic) -> Option<Handler> {
+pub(crate) fn arithmetic(m: Mnemonic) -> Option<Handler> {
     Some(match m {
         Mnemonic::Add => integer::add,
         Mnemonic::Or => integer::or,
@@ -233,7 +245,7 @@ fn arithmetic(m: Mnemonic) -> Option<Handler> {
     })
 }
 
-fn other(m: Mnemonic) -> Option<Handler> {
+pub(crate) fn other(m: Mnemonic) -> Option<Handler> {
     Some(match m {
         Mnemonic::Movzx => integer::movzx,
         Mnemonic::Movsx | Mnemonic::Movsxd => integer::movsx,

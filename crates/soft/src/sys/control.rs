@@ -266,8 +266,8 @@ fn write_dr(v: &mut SoftVcpu, r: Register, value: u64) -> Result<(), Exception> 
         7 => value & 0xffff_27ff | 0x400,
         _ => value,
     };
-    // Pages with data breakpoints must not be in the soft TLB.
-    if n != 6 {
+    // Pages with enabled data breakpoints must not be in the soft TLB.
+    if n != 6 && v.frame.cpu.dr[7] & 0xff != 0 {
         v.flush_tlb(false);
     }
     Ok(())

@@ -96,7 +96,7 @@ pub fn lookup(v: &SoftVcpu, leaf: u32, subleaf: u32) -> CpuidEntry {
         0xd if subleaf == 1 && e.eax & 0xa != 0 => {
             e.ebx = xsave::compacted_size(v, c.xcr0 | c.xss);
         }
-        0x8000_001e => e.eax = v.index,
+        0x8000_001e if v.vm.cpuid.get(leaf, 0).is_some() => e.eax = v.index,
         _ => {}
     }
     e

@@ -5,7 +5,7 @@
 
 use pyrite_engine::StopReason;
 use pyrite_x86::bits::{cr0, cr4, rflags, vector};
-use pyrite_x86::{Activity, CpuState, InterruptShadow, Segment, gpr, sreg};
+use pyrite_x86::{Activity, CpuState, InterruptShadow, PendingEvent, Segment, gpr, sreg};
 
 use crate::exception::{Exception, Trap};
 use crate::mmu::Priv;
@@ -21,6 +21,7 @@ pub mod dr6 {
     pub const BD: u64 = 1 << 13;
     pub const BS: u64 = 1 << 14;
     pub const BT: u64 = 1 << 15;
+    pub const ALL: u64 = B | BD | BS | BT;
 }
 
 /// Where an event comes from.
@@ -90,11 +91,12 @@ fn class(v: u8) -> Class {
 pub fn exception(v: &mut SoftVcpu, e: Exception) -> Result<(), Trap> {
     let mut current = e;
     v.stats.exceptions += 1;
+    // Data breakpoints of an instruction that is started again count when it is.
+    v.pending_dr6 = 0;
     loop {
         let event = prepare(v, &current);
         let Err(second) = deliver(v, &event) else {
-            v.pending_dr6 = 0;
-            return Ok(());
+            return task_trap(v);
         };
         use Class::{Contributory, DoubleFault, PageFault};
         current = match (class(current.vector), class(second.vector)) {
@@ -109,6 +111,50 @@ pub fn exception(v: &mut SoftVcpu, e: Exception) -> Result<(), Trap> {
             _ => second,
         };
     }
+}
+
+/// The debug trap of a task that was entered through a task gate and has its T bit set.
+fn task_trap(v: &mut SoftVcpu) -> Result<(), Trap> {
+    if v.pending_dr6 & dr6::BT == 0 {
+        return Ok(());
+    }
+    v.pending_dr6 = 0;
+    // The handler of #DB may itself be a task with the T bit: it does not trap again.
+    let event = prepare(v, &Exception::db(dr6::BT));
+    match deliver(v, &event) {
+        Ok(()) => {
+            v.pending_dr6 = 0;
+            Ok(())
+        }
+        Err(e) => exception(v, e),
+    }
+}
+
+/// Takes up an event whose delivery was interrupted by a save.
+pub fn pending(v: &mut SoftVcpu, p: PendingEvent) -> Result<(), Trap> {
+    if p.external {
+        return interrupt(v, p.vector);
+    }
+    if p.software {
+        // RIP was saved behind the instruction, as hardware reports it.
+        let rip = v.frame.cpu.rip;
+        return match software(v, p.vector, Origin::IntN, rip) {
+            Ok(()) => Ok(()),
+            Err(e) => exception(v, e),
+        };
+    }
+    exception(
+        v,
+        Exception {
+            error_code: p.error_code,
+            payload: if p.vector == vector::PF {
+                v.frame.cpu.cr2
+            } else {
+                0
+            },
+            vector: p.vector,
+        },
+    )
 }
 
 /// Triple fault.
@@ -132,7 +178,7 @@ fn prepare(v: &mut SoftVcpu, e: &Exception) -> Event {
         vector::DB => {
             // Intel SDM Vol. 3B §17.2.3: B0-B3 are renewed, the others stay until software clears
             // them. DR7.GD is cleared so that the handler can use the registers (§17.2.4).
-            c.dr[6] = c.dr[6] & !dr6::B | e.payload;
+            c.dr[6] = c.dr[6] & !dr6::B | e.payload & dr6::ALL;
             c.dr[7] &= !(1 << 13);
             // DEBUGCTL.LBR is cleared on #DB.
             c.msrs.debugctl &= !3;
@@ -161,7 +207,7 @@ pub fn interrupt(v: &mut SoftVcpu, vector: u8) -> Result<(), Trap> {
         flags: v.frame.cpu.rflags,
     };
     match deliver(v, &event) {
-        Ok(()) => Ok(()),
+        Ok(()) => task_trap(v),
         Err(e) => exception(v, e),
     }
 }
@@ -541,9 +587,9 @@ pub fn init(v: &mut SoftVcpu) {
     c.interrupt_shadow = InterruptShadow::None;
     (c.nmi_blocked, c.nmi_pending) = (false, false);
     c.pending_event = None;
+    v.shared().apic.init_reset();
     v.pending_dr6 = 0;
     v.irq_waiting = true;
-    v.shared().apic.init_reset();
     v.flush_tlb(false);
 }
 

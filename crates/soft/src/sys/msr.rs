@@ -15,6 +15,11 @@ const GP: Exception = Exception::gp(0);
 
 /// Memory-type MSRs of IA32_MTRRCAP: 8 variable ranges, fixed ranges, write-combining.
 const MTRR_CAP: u64 = 8 | 1 << 8 | 1 << 10;
+/// Bits of IA32_MISC_ENABLE that exist. SDM Vol. 4 table 2-2.
+const MISC_ENABLE_MASK: u64 =
+    1 | 1 << 3 | 1 << 7 | 3 << 11 | 1 << 16 | 1 << 18 | 3 << 22 | 1 << 34 | 1 << 38;
+/// IA32_FLUSH_CMD.
+const IA32_FLUSH_CMD: u32 = 0x10b;
 /// IA32_MCG_CAP: banks.
 const MCG_BANKS: u32 = 10;
 const IA32_MC0_CTL: u32 = 0x400;
@@ -205,6 +210,7 @@ pub fn write(v: &mut SoftVcpu, index: u32, value: u64) -> Result<(), Exception> 
     let canonical = v.canonical(value);
     let fits32 = value >> 32 == 0;
     let (spec_mask, pred_mask) = (spec_ctrl_mask(v), pred_cmd_mask(v));
+    let l1d_flush = feature(v, 7, Reg::Edx, 28);
     let poll = kvm(v, 12, 12, false);
     let (xss, aux, debugctl) = (has_xss(v), has_tsc_aux(v), debugctl_mask(v));
     let c = &mut v.frame.cpu;
@@ -216,11 +222,12 @@ pub fn write(v: &mut SoftVcpu, index: u32, value: u64) -> Result<(), Exception> 
         msr::IA32_BIOS_SIGN_ID => {}
         msr::IA32_SPEC_CTRL if spec_mask != 0 && value & !spec_mask == 0 => m.spec_ctrl = value,
         msr::IA32_PRED_CMD if pred_mask != 0 && value & !pred_mask == 0 => {}
+        IA32_FLUSH_CMD if l1d_flush && value & !1 == 0 => {}
         msr::IA32_SYSENTER_CS => m.sysenter_cs = value & 0xffff_ffff,
         msr::IA32_SYSENTER_ESP if canonical => m.sysenter_esp = value,
         msr::IA32_SYSENTER_EIP if canonical => m.sysenter_eip = value,
         msr::IA32_MCG_STATUS if value & !7 == 0 => m.mcg_status = value,
-        msr::IA32_MISC_ENABLE => m.misc_enable = value,
+        msr::IA32_MISC_ENABLE if value & !MISC_ENABLE_MASK == 0 => m.misc_enable = value,
         msr::IA32_DEBUGCTL if value & !debugctl == 0 => m.debugctl = value,
         // MCi_CTL takes anything; the status registers take only 0 (SDM Vol. 3B §15.3.2.2).
         IA32_MC0_CTL..=IA32_MC_LAST if index & 3 == 0 || value == 0 => {}
@@ -259,6 +266,10 @@ fn write_efer(v: &mut SoftVcpu, value: u64) -> Result<(), Exception> {
     }
     if feature(v, 0x8000_0001, Reg::Edx, 29) {
         mask |= efer::LME | efer::SCE;
+    }
+    // Translation cache extension: nothing is cached that it would keep.
+    if feature(v, 0x8000_0001, Reg::Ecx, 17) {
+        mask |= 1 << 15;
     }
     if feature(v, 0x8000_0021, Reg::Eax, 8) {
         // Plain storage: there is no prediction to restrict.

@@ -306,12 +306,15 @@ impl SoftVcpu {
     /// but the accessed bit. Intel SDM Vol. 2B, MOV.
     pub fn data_segment(&mut self, n: usize, selector: u16) -> Result<Segment, Exception> {
         if self.frame.cpu.cr0 & cr0::PE == 0 {
+            let old = self.frame.cpu.seg[n];
+            if old.unusable() {
+                return Ok(Segment::real(selector, 0x93));
+            }
             // Only the base changes: limits outlive a switch to real mode ("unreal mode").
             return Ok(Segment {
                 base: u64::from(selector) << 4,
                 selector,
-                attr: self.frame.cpu.seg[n].attr & !Segment::UNUSABLE | Segment::P,
-                ..self.frame.cpu.seg[n]
+                ..old
             });
         }
         if self.v86() {

@@ -4,6 +4,8 @@
 //! The frame's area is in the host's standard format. Where its XSTATE_BV has a bit clear, the
 //! component is in its initial configuration and the bytes of the area mean nothing.
 
+use std::sync::OnceLock;
+
 use iced_x86::{Instruction, Mnemonic};
 use pyrite_x86::bits::{cr0, cr4, efer};
 use pyrite_x86::{XSAVE_AREA_BYTES, gpr};
@@ -42,21 +44,32 @@ struct Component {
     aligned: bool,
 }
 
+/// Size and offset of the host's components. CPUID is slow where the host is itself a guest.
+fn host_layout() -> &'static [(usize, usize); 64] {
+    static LAYOUT: OnceLock<[(usize, usize); 64]> = OnceLock::new();
+    LAYOUT.get_or_init(|| {
+        let mut all = [(0, 0); 64];
+        for (n, c) in (0u32..63).zip(all.iter_mut()).skip(2) {
+            let r = std::arch::x86_64::__cpuid_count(0xd, n);
+            *c = (r.eax as usize, r.ebx as usize);
+        }
+        all
+    })
+}
+
 /// Component `n` (2-62) if this VM has it.
 fn component(v: &SoftVcpu, n: u32) -> Option<Component> {
     let e = v.vm.cpuid.get(0xd, n).filter(|e| e.indexed && e.eax != 0)?;
-    let host = std::arch::x86_64::__cpuid_count(0xd, n);
-    let (size, at, host_at) = (e.eax as usize, e.ebx as usize, host.ebx as usize);
+    let (host_size, host_at) = host_layout()[n as usize];
+    let (size, at) = (e.eax as usize, e.ebx as usize);
     let fits = |at: usize| at >= EXTENDED_AT && at + size <= XSAVE_AREA_BYTES;
     // Supervisor components (ECX bit 0) have no place in the standard format.
-    (size <= host.eax as usize && fits(at) && fits(host_at) && e.ecx & 1 == 0).then_some(
-        Component {
-            size,
-            host_at,
-            at,
-            aligned: e.ecx & 2 != 0,
-        },
-    )
+    (size <= host_size && fits(at) && fits(host_at) && e.ecx & 1 == 0).then_some(Component {
+        size,
+        host_at,
+        at,
+        aligned: e.ecx & 2 != 0,
+    })
 }
 
 /// Extended components in `mask`, lowest first.

@@ -66,9 +66,6 @@ enum Cold {
         at: Label,
         rip: u64,
     },
-    Miss {
-        at: Label,
-    },
     FpuLoad {
         at: Label,
         back: Label,
@@ -474,16 +471,24 @@ impl<'a> Front<'a> {
             });
             self.e.load(1, layout::SAVE_RCX);
         } else {
-            match i32::try_from(rip as i64) {
-                Ok(v) => self.e.cmp_imm(T0, v),
-                Err(_) => {
-                    self.e.mov_imm(T1, rip);
-                    self.e.cmp(T0, T1);
-                }
-            }
-            let at = self.e.label();
-            self.e.jcc(5, at);
-            self.cold.push(Cold::Miss { at });
+            // Flag-free as well: another block's jump may arrive here by a collision in the
+            // jump cache, and the flags may be live where it really goes.
+            self.e.mov(T1, 1, true);
+            self.e.mov_imm(1, rip.wrapping_neg());
+            self.e.lea(
+                1,
+                Address {
+                    base: Some(1),
+                    index: Some((T0, 0)),
+                    disp: 0,
+                },
+                true,
+            );
+            self.e.jrcxz_over(|e| {
+                e.mov(1, T1, true);
+                e.jmp_frame(layout::STUB_MISS);
+            });
+            self.e.mov(1, T1, true);
         }
         let entry = self.e.here();
         let at = self.e.label();
@@ -584,10 +589,6 @@ impl<'a> Front<'a> {
                     self.e.store_imm64(layout::RIP, rip, T0);
                     self.e.store_imm32(layout::REASON, reason::POLL);
                     self.e.jmp_frame(layout::STUB_EXIT);
-                }
-                Cold::Miss { at } => {
-                    self.e.bind(at);
-                    self.e.jmp_frame(layout::STUB_MISS);
                 }
                 Cold::FpuLoad { at, back } => {
                     self.e.bind(at);

@@ -100,8 +100,9 @@ fn one_form(
                     e.0 += 1;
                     if e.1.is_empty() {
                         e.1 = format!(
-                            "{:02x?} run {time} seed round {round}\n      {}",
+                            "{:02x?} run {time} round {round} flags {:#x} {:?}\n      {}",
                             seq.insns[0].bytes,
+                            start.rflags, g.vcpu().xlate.stats,
                             diff.join("\n      ")
                         );
                     }

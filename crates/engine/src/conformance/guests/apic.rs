@@ -494,22 +494,22 @@ const fn guest(
 }
 
 pub(super) const GUESTS: &[Guest] = &[
-    guest("apic/timer-one-shot", || timer_one_shot(), 1, &[0x130, 0]),
+    guest("apic/timer-one-shot", timer_one_shot, 1, &[0x130, 0]),
     guest(
         "apic/timer-periodic",
-        || timer_periodic(),
+        timer_periodic,
         1,
         &[0x130, 0x130, 0x130],
     ),
     guest(
         "apic/timer-tsc-deadline",
-        || timer_tsc_deadline(),
+        timer_tsc_deadline,
         1,
         &[0x130, 0, 0x130],
     ),
     guest(
         "apic/self-ipi",
-        || self_ipi(),
+        self_ipi,
         1,
         &[
             0x0020_0020,
@@ -527,46 +527,41 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "apic/x2apic",
-        || x2apic(),
+        x2apic,
         1,
         &[0, 0x131, 0x132, 13, 0, 13, 0, 13, 0],
     ),
-    guest("apic/x2apic-eoi", || x2apic_eoi(), 1, &[13, 0]),
-    guest(
-        "apic/startup-ipi",
-        || startup(),
-        2,
-        &[0x0100_0000, 0x131, 1],
-    ),
-    guest("apic/msi", || msi(), 1, &[0x11, 0x131, 0x12]),
+    guest("apic/x2apic-eoi", x2apic_eoi, 1, &[13, 0]),
+    guest("apic/startup-ipi", startup, 2, &[0x0100_0000, 0x131, 1]),
+    guest("apic/msi", msi, 1, &[0x11, 0x131, 0x12]),
     guest(
         "apic/level-eoi",
-        || level_eoi(),
+        level_eoi,
         1,
         &[0x132, 0xe010_0032, 0x22, 0x132, 0xe010_0032, 0x131],
     ),
-    guest("apic/nmi", || nmi(), 1, &[0x102, 0x11, 0x102, 0x12]),
+    guest("apic/nmi", nmi, 1, &[0x102, 0x11, 0x102, 0x12]),
     guest(
         "apic/pic",
-        || pic(),
+        pic,
         1,
         &[0x11, 0x135, 0x12, 0x13, 0x135, 0x135, 0x14],
     ),
     guest(
         "apic/halt-wake-up",
-        || halt_wake_up(),
+        halt_wake_up,
         1,
         &[0x131, 0x11, 0x131, 0x12],
     ),
     guest(
         "apic/interrupt-shadows",
-        || shadows(),
+        shadows,
         1,
         &[0x131, 0, 1, 1, 0x131, 2],
     ),
     guest(
         "state/save-restore",
-        || save_restore(),
+        save_restore,
         1,
         &[
             1,
@@ -583,7 +578,7 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "state/running-timer",
-        || save_timer(),
+        save_timer,
         1,
         &[50_000_000, 0x130, 0],
     ),

@@ -124,7 +124,7 @@ guest!(
 pub(super) const GUESTS: &[Guest] = &[
     Guest {
         name: "io/ports",
-        image: || pio_sizes(),
+        image: pio_sizes,
         entry: Entry::Long,
         vcpus: 1,
         end: End::Pass,
@@ -145,7 +145,7 @@ pub(super) const GUESTS: &[Guest] = &[
     },
     Guest {
         name: "io/string-ports",
-        image: || pio_strings(),
+        image: pio_strings,
         entry: Entry::Long,
         vcpus: 1,
         end: End::Pass,
@@ -169,7 +169,7 @@ pub(super) const GUESTS: &[Guest] = &[
     },
     Guest {
         name: "io/mmio",
-        image: || mmio_sizes(),
+        image: mmio_sizes,
         entry: Entry::Long,
         vcpus: 1,
         end: End::Pass,

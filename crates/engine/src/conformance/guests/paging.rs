@@ -188,6 +188,7 @@ guest!(
         rdmsr
         btrl $11, %eax
         wrmsr
+        invlpg 0x10000
         FAULT movzbl 0x10000, %eax
         PASS
     "#
@@ -341,7 +342,7 @@ const fn guest(
 pub(super) const GUESTS: &[Guest] = &[
     guest(
         "paging/32-bit",
-        || paging_32(),
+        paging_32,
         Entry::Paging32,
         &[
             0x1234_5678,
@@ -366,19 +367,19 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "paging/pae",
-        || paging_pae(),
+        paging_pae,
         Entry::Pae,
         &[0xc3, 14, 0x11, 0x10_0000, 14, 9, 0x10_1000],
     ),
     guest(
         "paging/pae-pdpte",
-        || paging_pdpte(),
+        paging_pdpte,
         Entry::Pae,
         &[14, 0, 0x4001_0000, 0xc3, 13, 0],
     ),
     guest(
         "paging/long",
-        || paging_long(),
+        paging_long,
         Entry::Long,
         &[
             0x20,
@@ -407,19 +408,19 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "paging/1-gib-page",
-        || paging_1g(),
+        paging_1g,
         Entry::Long,
         &[0x600d, 0x20, 0x60],
     ),
     guest(
         "paging/no-execute",
-        || paging_nx(),
+        paging_nx,
         Entry::Long,
         &[0xc3, 14, 0x11, 0x1_0000, 14, 9, 0x1_0000],
     ),
     guest(
         "paging/smep-smap",
-        || smep_smap(),
+        smep_smap,
         Entry::Long,
         &[
             14, 1, 0x1_0000, 14, 3, 0x1_0000, 0xc3, 14, 0x11, 0x1_0000, 14, 5, 0x6020,
@@ -427,13 +428,13 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "paging/global-pages",
-        || global_pages(),
+        global_pages,
         Entry::Long,
         &[0x1111_1111, 0x2222_2222, 0x1111_1111],
     ),
     guest(
         "paging/pcid",
-        || pcid(),
+        pcid,
         Entry::Long,
         &[0x1111_1111, 0x20005, 0x2222_2222, 0, 0x2222_2222, 13, 0],
     ),

@@ -232,7 +232,7 @@ guest!(
 pub(super) const GUESTS: &[Guest] = &[
     Guest {
         name: "real/arithmetic",
-        image: || real_arithmetic(),
+        image: real_arithmetic,
         entry: Entry::Real,
         vcpus: 1,
         end: End::Pass,
@@ -240,7 +240,7 @@ pub(super) const GUESTS: &[Guest] = &[
     },
     Guest {
         name: "real/bcd",
-        image: || real_bcd(),
+        image: real_bcd,
         entry: Entry::Real,
         vcpus: 1,
         end: End::Pass,
@@ -248,7 +248,7 @@ pub(super) const GUESTS: &[Guest] = &[
     },
     Guest {
         name: "real/interrupts",
-        image: || real_interrupts(),
+        image: real_interrupts,
         entry: Entry::Real,
         vcpus: 1,
         end: End::Pass,
@@ -256,7 +256,7 @@ pub(super) const GUESTS: &[Guest] = &[
     },
     Guest {
         name: "real/unreal-mode",
-        image: || unreal_mode(),
+        image: unreal_mode,
         entry: Entry::Real,
         vcpus: 1,
         end: End::Pass,
@@ -264,7 +264,7 @@ pub(super) const GUESTS: &[Guest] = &[
     },
     Guest {
         name: "real/virtual-8086",
-        image: || virtual_8086(),
+        image: virtual_8086,
         entry: Entry::Protected,
         vcpus: 1,
         end: End::Pass,

@@ -284,6 +284,110 @@ guest!(
     "#
 );
 
+// A 16-bit TSS: CALL from the 32-bit task, IRET back, INT through a task gate.
+guest!(
+    task_switch_16,
+    r#"
+    .code32
+        movl $0x1000002b, 0x1058
+        movl $0x00008101, 0x105c
+        movw $(5f - 9b + 0x8000), 0x1100e
+        movw $0x2, 0x11010
+        movw $0xaaaa, 0x11012
+        movw $0xbbbb, 0x11014
+        movw $0xe000, 0x1101a
+        movw $0x40, 0x11022
+        movw $0x38, 0x11024
+        movw $0x40, 0x11026
+        movw $0x40, 0x11028
+        movl $0x12345678, %ecx
+        lcall $0x58, $0
+        movl %ecx, %eax
+        TRACE_EAX
+        movl 0x105c, %eax
+        andl $0x200, %eax
+        TRACE_EAX
+        # what the task left in its TSS: CX, and IP after the IRET
+        movzwl 0x11014, %eax
+        TRACE_EAX
+        movzwl 0x1100e, %eax
+        subl $(6f - 9b + 0x8000), %eax
+        TRACE_EAX
+        lcall $0x58, $0
+        PASS
+    .code16
+    5:  movzwl %cx, %eax
+        TRACE_EAX
+        movzwl %sp, %eax
+        TRACE_EAX
+        movl %cs, %eax
+        TRACE_EAX
+        movw $0xcccc, %cx
+        iretw
+    6:  movzwl %cx, %eax
+        TRACE_EAX
+        iretw
+    "#
+);
+
+// IOPL and the I/O permission bitmap. Intel SDM Vol. 1 §19.5.
+guest!(
+    io_permission,
+    r#"
+    .code32
+        # port 84H is denied; 0-FFH else are allowed, 100H-107H are denied
+        movb $0x10, 0x5600 + 0x68 + 0x10
+        movl $(1f - 9b + 0x8000), %ecx
+        movl $(2f - 9b + 0x8000), 0x6000
+        call 8f
+        movl $(3f - 9b + 0x8000), %ecx
+        movl %ecx, 0x6000
+        call 8f
+        # a word of which the second byte is denied
+        movl $(4f - 9b + 0x8000), %ecx
+        movl %ecx, 0x6000
+        call 8f
+        # beyond the limit of the TSS
+        movl $(5f - 9b + 0x8000), %ecx
+        movl $(6f - 9b + 0x8000), 0x6000
+        call 8f
+        # CLI needs IOPL, POPF leaves IF and IOPL alone without saying so
+        movl $(7f - 9b + 0x8000), %ecx
+        movl %ecx, 0x6000
+        call 8f
+        movl $(10f - 9b + 0x8000), %ecx
+        movl $(12f - 9b + 0x8000), 0x6000
+        call 8f
+        PASS
+    1:  TRACE 0x31
+        outb %al, $0x83
+        movw $0x100, %dx
+    2:  outb %al, %dx
+    3:  inb $0x84, %al
+    4:  outw %ax, $0x83
+    5:  movw $0x110, %dx
+    6:  outb %al, %dx
+    7:  cli
+    10: pushl $0x3202
+        popfl
+        pushfl
+        popl %eax
+        andl $0x3200, %eax
+        TRACE_EAX
+    12: ud2
+        # to ring 3 at ECX; the exception goes on after the call
+    8:  popl %ebx
+        movl %ebx, 0x6004
+        movl %esp, 0x6008
+        pushl $0x2b
+        pushl $0x10800
+        pushl $0x2
+        pushl $0x23
+        pushl %ecx
+        iretl
+    "#
+);
+
 // SYSENTER and SYSEXIT. Intel SDM Vol. 2B.
 guest!(
     sysenter,
@@ -358,7 +462,7 @@ const fn guest(
 pub(super) const GUESTS: &[Guest] = &[
     guest(
         "segments/loads",
-        || segment_loads(),
+        segment_loads,
         &[
             13, 0, 13, 0, 13, 0x200, 13, 0x5c, 11, 0x60, 12, 0x60, 13, 0x68, 13, 0x70, 13, 0x28, 6,
             0, 13, 0x48, 13, 0x10, 13, 0x10, 13, 0x10, 13, 0, 13, 0x20,
@@ -366,7 +470,7 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "segments/limits",
-        || segment_limits(),
+        segment_limits,
         &[
             0x6867_6665,
             13,
@@ -391,26 +495,36 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "segments/bound-into-align",
-        || bound_into_align(),
+        bound_into_align,
         &[5, 0, 4, 0, 17, 0],
     ),
     guest(
         "segments/call-gate",
-        || call_gate(),
+        call_gate,
         &[
             0x18, 0x10, 0x2222, 0x1111, 0x107f8, 0x1_efe8, 0x23, 0x10800, 0, 13, 0x18,
         ],
     ),
     guest(
         "segments/task-switch",
-        || task_switch(),
+        task_switch,
         &[
             0xb1, 0x58, 0x4000, 0x48, 0x5555, 8, 0x200, 0, 13, 0x48, 0xb2, 0xb3, 0, 0x200, 0,
         ],
     ),
     guest(
+        "segments/task-switch-16",
+        task_switch_16,
+        &[0xbbbb, 0xe000, 0x38, 0x1234_5678, 0, 0xcccc, 0, 0xcccc],
+    ),
+    guest(
+        "segments/io-permission",
+        io_permission,
+        &[0x31, 13, 0, 13, 0, 13, 0, 13, 0, 13, 0, 0, 6, 0],
+    ),
+    guest(
         "segments/sysenter",
-        || sysenter(),
+        sysenter,
         &[13, 0, 0x18, 0x20, 0x10f00, 0, 0x2b, 0x33, 0x10800, 13, 0],
     ),
 ];

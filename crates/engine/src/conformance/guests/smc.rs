@@ -137,10 +137,10 @@ const fn guest(
 }
 
 pub(super) const GUESTS: &[Guest] = &[
-    guest("smc/same-page", || same_page(), 1, &[0x303, 0x11]),
+    guest("smc/same-page", same_page, 1, &[0x303, 0x11]),
     guest(
         "smc/page-crossing",
-        || page_crossing(),
+        page_crossing,
         1,
         &[
             0x4433_2211,
@@ -151,9 +151,9 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "smc/string-store",
-        || string_store(),
+        string_store,
         1,
         &[1, 0x5a5a_5a5a, 0x1234_5678],
     ),
-    guest("smc/cross-modifying", || cross_modifying(), 2, &[0x66]),
+    guest("smc/cross-modifying", cross_modifying, 2, &[0x66]),
 ];

@@ -585,19 +585,19 @@ const fn guest(
 pub(super) const GUESTS: &[Guest] = &[
     guest(
         "system/exceptions",
-        || exceptions(),
+        exceptions,
         &[
             0, 0, 6, 0, 3, 0, 0x121, 6, 0, 13, 0x282, 11, 0x28a, 6, 0, 6, 0, 13, 0, 13, 0, 13, 0,
         ],
     ),
     guest(
         "system/double-fault",
-        || double_fault(),
+        double_fault,
         &[8, 0, 8, 0, 11, 0x28a],
     ),
     Guest {
         name: "system/triple-fault",
-        image: || triple_fault(),
+        image: triple_fault,
         entry: Entry::Long,
         vcpus: 1,
         end: End::TripleFault,
@@ -605,7 +605,7 @@ pub(super) const GUESTS: &[Guest] = &[
     },
     guest(
         "system/syscall-sysret",
-        || syscall_sysret(),
+        syscall_sysret,
         &[
             0x33,
             0,
@@ -630,7 +630,7 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "system/rings",
-        || rings_long(),
+        rings_long,
         &[
             0x23,
             0x13f,
@@ -648,7 +648,7 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "system/msrs",
-        || msrs(),
+        msrs,
         &[
             0x1bad_b002,
             0x5eed,
@@ -671,30 +671,30 @@ pub(super) const GUESTS: &[Guest] = &[
     ),
     guest(
         "system/fsgsbase",
-        || fsgsbase(),
+        fsgsbase,
         &[6, 0, 0x1234_5678, 0xffff_8000, 0x10000, 13, 0],
     ),
-    guest("system/rdtscp-rdpid", || rdtscp_rdpid(), &[0x77, 0x77, 1]),
+    guest("system/rdtscp-rdpid", rdtscp_rdpid, &[0x77, 0x77, 1]),
     guest(
         "system/cpuid",
-        || cpuid_leaves(),
+        cpuid_leaves,
         &[0xd, 0x6874_7541, 0, 0, 1, 0, 0x2000_0000],
     ),
     guest(
         "system/xsave",
-        || xsave_xrstor(),
+        xsave_xrstor,
         &[6, 0, 1, 13, 0, 0x89ab_cdef, 2, 0x89ab_cdef, 0, 13, 0, 13, 0],
     ),
-    guest("system/cmpxchg16b", || cmpxchg16b(), &[0x780, 1, 2, 13, 0]),
+    guest("system/cmpxchg16b", cmpxchg16b, &[0x780, 1, 2, 13, 0]),
     guest(
         "system/device-not-available",
-        || task_switched(),
+        task_switched,
         &[7, 0, 7, 0, 7, 0, 6, 0],
     ),
-    guest("system/umip", || umip(), &[0x1000, 1, 13, 0]),
+    guest("system/umip", umip, &[0x1000, 1, 13, 0]),
     guest(
         "system/debug",
-        || debug(),
+        debug,
         &[
             1,
             0,

@@ -92,6 +92,23 @@ fn rule(f: F) -> Rule {
         F::D3NOWEXT => Bit(0x8000_0001, 0, D, 30),
         F::D3NOW => Bit(0x8000_0001, 0, D, 31),
         F::CLZERO => Bit(0x8000_0008, 0, B, 0),
+        // Of the system side, which checks for itself; here for the translator.
+        F::TSC => Bit(1, 0, D, 4),
+        F::MSR => Bit(1, 0, D, 5),
+        F::SEP => Bit(1, 0, D, 11),
+        F::MONITOR => Bit(1, 0, C, 3),
+        F::XSAVE => Bit(1, 0, C, 26),
+        F::FSGSBASE => Bit(7, 0, B, 0),
+        F::INVPCID => Bit(7, 0, B, 10),
+        F::SMAP => Bit(7, 0, B, 20),
+        F::PKU => Bit(7, 0, C, 3),
+        F::RDPID => Bit(7, 0, C, 22),
+        F::XSAVEOPT => Bit(0xd, 1, A, 0),
+        F::XSAVEC => Bit(0xd, 1, A, 1),
+        F::XSAVES => Bit(0xd, 1, A, 3),
+        F::SYSCALL => Bit(0x8000_0001, 0, D, 11),
+        F::RDTSCP => Bit(0x8000_0001, 0, D, 27),
+        F::WBNOINVD => Bit(0x8000_0008, 0, B, 9),
         _ => Never,
     }
 }

@@ -63,7 +63,7 @@ impl Lanes {
                 mask_bits: 0,
             };
         }
-        if i.op_mask() == Register::None || element == 0 || bytes % element != 0 {
+        if i.op_mask() == Register::None || element == 0 || !bytes.is_multiple_of(element) {
             return all;
         }
         let by = if is_compression(i.mnemonic()) {

@@ -52,7 +52,9 @@ pub struct Call {
     fcw: u32,
     /// Offset 176: not 0 = VZEROUPPER exists.
     avx: u64,
-    /// Memory operands are copied here. An operand is put at its guest address modulo 64, so that
+    /// Aligns what follows to 64 bytes.
+    padding: u64,
+    /// Offset 192. Memory operands are copied here. An operand is put at its guest address modulo 64, so that
     /// the host checks its alignment.
     pub bounce: [u8; 256],
 }
@@ -121,8 +123,11 @@ global_asm!(
     "jz 3f",
     "mov rcx, [rdi + 136]",
     "xsave64 [rcx]",
+    "test byte ptr [rdi + 144], 1",
+    "jz 4f",
     "fninit",
     "fldcw [rdi + 172]",
+    "4:",
     "ldmxcsr [rdi + 168]",
     "cmp qword ptr [rdi + 176], 0",
     "je 3f",
@@ -138,6 +143,9 @@ global_asm!(
     "pop rbx",
     "ret",
 );
+
+const _: () = assert!(std::mem::offset_of!(Call, bounce) == 192);
+const _: () = assert!(std::mem::offset_of!(Call, avx) == 176);
 
 unsafe extern "sysv64" {
     fn pyrite_soft_run_on_host_units(call: *mut Call);
@@ -217,6 +225,7 @@ impl Unit {
                 mxcsr: 0,
                 fcw: 0,
                 avx: u64::from(components & component::AVX != 0),
+                padding: 0,
                 bounce: [0; 256],
             }),
             write: write.cast(),
