@@ -132,7 +132,10 @@ impl Translator {
         }
         Ok(Translator {
             cache,
-            host: HostFeatures { bmi2: fast_pext() },
+            host: HostFeatures {
+                bmi2: fast_pext(),
+                decoder: interp::vendor_options(vm.cpuid.get(0, 0)),
+            },
             jumps_dirty: [false; VIEWS],
             must_poll: std::collections::HashSet::new(),
             stats: XlateStats::default(),

@@ -20,7 +20,7 @@ mod flow;
 mod operand;
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    Code, Decoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
     OpAccess, OpKind, Register, RflagsBits,
 };
 
@@ -45,6 +45,8 @@ const HOST_SP: u8 = 15;
 pub struct HostFeatures {
     /// PEXT is there and fast.
     pub bmi2: bool,
+    /// How the decoder treats encodings on which vendors differ: that of the guest's CPUID.
+    pub decoder: u32,
 }
 
 /// What a translation produced.
@@ -259,7 +261,7 @@ impl<'a> Front<'a> {
     /// Decodes up to the first instruction that ends the block, then computes flag liveness.
     fn decode(&mut self, bytes: &[u8], allows: &dyn Fn(&Instruction) -> bool) -> Vec<Decoded> {
         let bits = if self.code64 { 64 } else { 32 };
-        let mut dec = Decoder::with_ip(bits, bytes, self.key.rip, DecoderOptions::NONE);
+        let mut dec = Decoder::with_ip(bits, bytes, self.key.rip, self.host.decoder);
         let mut list = Vec::new();
         while list.len() < self.options.block_insns_max && dec.can_decode() {
             let i = dec.decode();
@@ -306,6 +308,15 @@ impl<'a> Front<'a> {
             return false;
         }
         if i.code() == Code::INVALID || i.is_privileged() || i.is_string_instruction() {
+            return true;
+        }
+        // A NOP or undefined, by vendor.
+        if matches!(
+            i.code(),
+            Code::Reservednop_rm16_r16_0F0D
+                | Code::Reservednop_rm32_r32_0F0D
+                | Code::Reservednop_rm64_r64_0F0D
+        ) {
             return true;
         }
         if matches!(

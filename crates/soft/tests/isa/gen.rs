@@ -148,10 +148,20 @@ fn legacy(op: &OpCodeInfo, r: &mut Rng, b: &mut Vec<u8>, map: u8) {
     b.push(code as u8);
 }
 
+/// Decoder options of the host's vendor.
+fn vendor() -> u32 {
+    static AMD: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
+        let b = std::arch::x86_64::__cpuid(0).ebx;
+        b == u32::from_le_bytes(*b"Auth") || b == u32::from_le_bytes(*b"Hygo")
+    });
+    if *AMD { DecoderOptions::AMD } else { DecoderOptions::NONE }
+}
+
 fn decode(bytes: &[u8], ip: u64) -> Option<(Instruction, ConstantOffsets)> {
-    let mut d = Decoder::with_ip(64, bytes, ip, DecoderOptions::NONE);
+    let mut d = Decoder::with_ip(64, bytes, ip, vendor());
     let i = d.decode();
-    if i.is_invalid() {
+    // LIMIT: the decoder takes F3 REX.B 90 for PAUSE; processors execute XCHG.
+    if i.is_invalid() || (i.mnemonic() == Mnemonic::Pause && bytes[..i.len()].iter().any(|b| b & 0xf1 == 0x41)) {
         return None;
     }
     let c = d.get_constant_offsets(&i);
@@ -194,6 +204,20 @@ fn hits(i: &Instruction, s: &Start) -> bool {
             at &= 0xffff_ffff;
         }
         if !(DATA + 64..DATA + (DATA_BYTES + RO_BYTES) as u64 - 64).contains(&at) {
+            return false;
+        }
+        let x = matches!(
+            i.mnemonic(),
+            Mnemonic::Xsave
+                | Mnemonic::Xsave64
+                | Mnemonic::Xsavec
+                | Mnemonic::Xsavec64
+                | Mnemonic::Xsaveopt
+                | Mnemonic::Xsaveopt64
+                | Mnemonic::Xrstor
+                | Mnemonic::Xrstor64
+        );
+        if x && (!at.is_multiple_of(64) || at > DATA + 0x1000) {
             return false;
         }
         // Aligned where that matters to most instructions.
@@ -323,6 +347,12 @@ pub fn excluded(code: Code) -> Option<&'static str> {
     }
     if !op.mode64() {
         return Some("does not exist in 64-bit mode");
+    }
+    if op.decoder_option() & !DecoderOptions::AMD != 0 || matches!(op.mnemonic(), Montmul | Pcommit) {
+        return Some("an extension of no processor that hosts this");
+    }
+    if op.fwait() {
+        return Some("two instructions, WAIT and another");
     }
     Some(match op.mnemonic() {
         Cpuid | Xgetbv | Rdtsc | Rdtscp | Rdpid | Rdpmc | Rdpru => {

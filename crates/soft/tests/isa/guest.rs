@@ -245,6 +245,7 @@ fn layout(m: &GuestMemory) {
     bitmap[usize::from(PORT / 8)] &= !(1 << (PORT % 8));
     m.write(TSS + 0x68, &bitmap).unwrap();
     m.write(CODE_GPA, &[0xcc; CODE_BYTES]).unwrap();
+    m.write(END_GPA, &[0xcc; 4096]).unwrap();
     m.write(END_GPA, &[0xe6, PORT]).unwrap();
 }
 
