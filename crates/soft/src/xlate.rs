@@ -161,8 +161,11 @@ impl Translator {
         }
         Ok(Translator {
             cache,
-            tools: Tools::new(interp::vendor_options(vm.cpuid.get(0, 0))),
-            host: HostFeatures { bmi2: fast_pext() },
+            tools: Tools::new(),
+            host: HostFeatures {
+                bmi2: fast_pext(),
+                decoder: interp::vendor_options(vm.cpuid.get(0, 0)),
+            },
             jumps: Vec::new(),
             trap: None,
             must_poll: std::collections::HashSet::new(),
