@@ -161,6 +161,9 @@ pub struct NetSpec {
     /// Ports that lead into the guest.
     #[serde(default)]
     pub forwards: Vec<ForwardSpec>,
+    /// The guest may reach the host's loopback as the router's address.
+    #[serde(default)]
+    pub host_loopback: bool,
 }
 
 /// A VM.

@@ -95,6 +95,9 @@ pub struct RunArgs {
         value_parser = parse_forward
     )]
     pub forwards: Vec<ForwardSpec>,
+    /// Let the guest reach servers on the host's loopback, as 10.0.2.2
+    #[arg(long)]
+    pub host_loopback: bool,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -167,6 +170,7 @@ impl RunArgs {
                     NetArg::None => NetKind::None,
                 },
                 forwards: self.forwards.clone(),
+                host_loopback: self.host_loopback,
             },
             console: console.unwrap_or_default(),
             balloon: self.balloon,
@@ -198,6 +202,7 @@ fn option_of(path: &str) -> &'static str {
         ("cpu_model", _) => "--cpu",
         ("disks", _) => "--disk",
         ("net", p) if p.starts_with("net.forwards") => "-p",
+        ("net", p) if p.starts_with("net.host_loopback") => "--host-loopback",
         ("net", _) => "--net",
         ("console", _) => "--console",
         ("balloon", _) => "--balloon",
@@ -355,6 +360,7 @@ mod tests {
             "2m",
             "--no-reboot",
             "--balloon",
+            "--host-loopback",
             "--module",
             "m a b",
         ])
@@ -368,6 +374,7 @@ mod tests {
         assert_eq!(spec.disks[0].serial.as_deref(), Some("S1"));
         assert!(spec.disks[0].read_only && !spec.disks[1].read_only);
         assert_eq!(spec.disks[1].path, PathBuf::from("a,b"));
+        assert!(spec.net.host_loopback);
         assert_eq!(spec.net.forwards[1].protocol, Protocol::Udp);
         assert_eq!(spec.time_limit_ms, Some(120_000));
         assert_eq!(spec.reset, ResetPolicy::Stop);
