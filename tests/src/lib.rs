@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 pub mod guest;
+pub mod user_space;
 
 /// The pyrite executable of this build, built if need be.
 pub fn pyrite() -> &'static Path {
@@ -132,11 +133,15 @@ impl Session {
     /// Waits until the guest has printed `text` since the last call; panics with everything that
     /// was seen if that takes longer than `limit`.
     pub fn expect(&mut self, text: &str, limit: Duration) {
+        self.read_until(text, limit);
+    }
+
+    /// Like [`Session::expect`]; what was printed up to and with `text`.
+    pub fn read_until(&mut self, text: &str, limit: Duration) -> String {
         let until = Instant::now() + limit;
         loop {
             if let Some(at) = self.seen.find(text) {
-                self.seen.drain(..at + text.len());
-                return;
+                return self.seen.drain(..at + text.len()).collect();
             }
             match self
                 .pieces
