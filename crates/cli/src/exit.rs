@@ -27,7 +27,7 @@ Exit codes:
   5    the time of --timeout has passed
   6    the engine or the VM process failed
   130  ended from outside: Ctrl-A x, or a signal
-  Any other code was written by the guest to the debug-exit port.
+  A guest that writes N to the debug-exit port ends the VM with code 2N+1.
 
 Keys:
   Ctrl-A h help   Ctrl-A x quit   Ctrl-A b break   Ctrl-A r reset

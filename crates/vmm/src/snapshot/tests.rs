@@ -1,1 +1,77 @@
+use super::*;
 
+struct Dir(std::path::PathBuf);
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn written(name: &str) -> (Dir, GuestMemory) {
+    let dir = Dir(std::env::temp_dir().join(format!("pyrite-snap-{name}-{}", std::process::id())));
+    let memory = GuestMemory::new(16 << 20).unwrap();
+    memory.write(0x12_3456, b"hello").unwrap();
+    let manifest = SnapshotManifest {
+        format: pyrite_api::v1::SNAPSHOT_FORMAT,
+        board: crate::board::BOARD_VERSION,
+        spec: pyrite_api::v1::VmSpec {
+            memory_bytes: 16 << 20,
+            boot: pyrite_api::v1::BootSpec {
+                kernel: "k".into(),
+                ..Default::default()
+            },
+            ..Default::default()
+        },
+        engine: "soft".into(),
+        clock_ns: 5,
+        cpuid: vec![[1, 0, 0, 1, 2, 3, 4], [7, 1, 1, 5, 6, 7, 8]],
+    };
+    let sections = [Section::new("u", "kind", 1, &7u32)];
+    write(&dir.0, &manifest, &sections, &memory).unwrap();
+    (dir, memory)
+}
+
+#[test]
+fn snapshot_comes_back() {
+    let (dir, _) = written("back");
+    let m = Manifest::read(&dir.0).unwrap();
+    assert_eq!(m.0.clock_ns, 5);
+    assert_eq!(cpuid_rows(&m.cpuid()), m.0.cpuid);
+    let sections = read_sections(&dir.0).unwrap();
+    assert_eq!(sections[0].decode::<u32>("kind", 1).unwrap(), 7);
+    let memory = GuestMemory::new(16 << 20).unwrap();
+    read_memory(&dir.0, &memory).unwrap();
+    let mut text = [0; 5];
+    memory.read(0x12_3456, &mut text).unwrap();
+    assert_eq!(&text, b"hello");
+}
+
+#[test]
+fn damaged_and_incomplete_snapshots_are_refused() {
+    let (dir, memory) = written("damaged");
+    let state = dir.0.join(STATE);
+    let good = fs::read(&state).unwrap();
+    for at in [0, 8, 12, good.len() - 1] {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        fs::write(&state, &bad).unwrap();
+        assert!(read_sections(&dir.0).is_err(), "byte {at}");
+    }
+    fs::write(&state, &good[..10]).unwrap();
+    assert!(read_sections(&dir.0).is_err());
+    File::options()
+        .write(true)
+        .open(dir.0.join(MEMORY))
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    assert!(Manifest::read(&dir.0).unwrap_err().contains("memory file"));
+    assert!(read_memory(&dir.0, &memory).is_err());
+    fs::remove_file(dir.0.join(MANIFEST)).unwrap();
+    assert!(
+        Manifest::read(&dir.0)
+            .unwrap_err()
+            .contains("complete snapshot")
+    );
+}
