@@ -28,7 +28,6 @@ pub fn pyrite() -> &'static Path {
         if let Some(target) = profile_dir.parent() {
             build.arg("--target-dir").arg(target);
         }
-        build.current_dir(env!("CARGO_MANIFEST_DIR"));
         assert!(
             build.status().expect("cargo").success(),
             "pyrite does not build"

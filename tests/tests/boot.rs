@@ -37,8 +37,9 @@ fn stock_guest_reaches_a_shell_and_powers_off() {
 #[test]
 fn stock_guest_boots_with_four_cpus_on_the_serial_console() {
     let mut s = boot(&["--cpus", "4", "--console", "serial", "--memory", "1G"]);
-    s.send("nproc\n");
-    s.expect("4", STEP);
+    s.send("echo $(nproc) CPUs\n");
+    s.expect("4 CPUs", STEP);
+    s.expect("root@pyrite:~# ", STEP);
     s.send("reboot -f\n");
     s.expect("root@pyrite:~# ", BOOT);
     s.send("poweroff -f\n");
