@@ -69,6 +69,21 @@ pub fn run(args: &[&str]) -> Output {
         .expect("pyrite runs")
 }
 
+/// Asks a running VM; the exit code, and all that was printed.
+pub fn ctl(socket: &Path, words: &[&str]) -> (i32, String) {
+    let done = Command::new(pyrite())
+        .arg("ctl")
+        .arg(socket)
+        .args(words)
+        .output()
+        .expect("pyrite runs");
+    let text = [done.stdout, done.stderr].concat();
+    (
+        done.status.code().unwrap_or(-1),
+        String::from_utf8_lossy(&text).into_owned(),
+    )
+}
+
 /// A running pyrite, talked to through pipes.
 pub struct Session {
     child: Child,

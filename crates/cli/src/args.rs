@@ -163,6 +163,9 @@ pub struct RunArgs {
     /// Unix socket on which the VM takes requests of `pyrite ctl`
     #[arg(long, value_name = "SOCKET")]
     pub control: Option<PathBuf>,
+    /// Stand still until `pyrite ctl SOCKET resume`
+    #[arg(long, requires = "control")]
+    pub paused: bool,
     /// Go on from a snapshot instead of booting
     #[arg(long, value_name = "DIR", conflicts_with_all = ["kernel", "initrd", "append", "modules"])]
     pub restore: Option<PathBuf>,
@@ -221,6 +224,7 @@ impl RunArgs {
                 .timeout
                 .map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
             restore: self.restore.clone(),
+            paused: self.paused,
         }
     }
 }

@@ -78,6 +78,7 @@ fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
         reset: now.reset,
         time_limit_ms: now.time_limit_ms,
         restore: now.restore.clone(),
+        paused: now.paused,
         net,
         ..saved
     }

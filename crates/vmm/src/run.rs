@@ -99,6 +99,10 @@ impl GuestRequests {
     fn take(&self) -> u32 {
         self.bits.swap(0, Ordering::AcqRel)
     }
+    /// Something waits for the driver.
+    fn any(&self) -> bool {
+        self.bits.load(Ordering::Acquire) != 0
+    }
 }
 
 impl MachineEvents for GuestRequests {
@@ -230,7 +234,9 @@ impl Running {
         if let Err(ending) = begun {
             return ending;
         }
-        self.run();
+        if !self.d.spec.paused {
+            self.run();
+        }
         let (engine, why) = (self.d.engine.0.to_owned(), self.d.engine.1.clone());
         self.notice(Notice::Started { engine, why });
         let limit = self
@@ -460,11 +466,20 @@ impl Running {
         self.running = true;
     }
 
-    /// Stops everything and waits until nothing is in flight.
+    /// Stops everything and waits until nothing is in flight. If that fails, the VM goes on.
     fn pause(&mut self) -> Result<()> {
         if !self.running {
             return Ok(());
         }
+        let stopped = self.stop_all();
+        self.running = false;
+        if stopped.is_err() {
+            self.run();
+        }
+        stopped
+    }
+
+    fn stop_all(&mut self) -> Result<()> {
         self.d.machine.console.release(true);
         self.stop_vcpus()?;
         self.d.machine.clock.stop();
@@ -481,7 +496,6 @@ impl Running {
                 std::thread::sleep(Duration::from_micros(200));
             }
         }
-        self.running = false;
         Ok(())
     }
 
@@ -574,6 +588,10 @@ impl Running {
     }
 
     fn save(&self, dir: &std::path::Path) -> Result<()> {
+        if self.d.guest.any() {
+            // The wish is not part of any unit's state; it is granted a moment later.
+            bail!("the guest is just being reset or switched off");
+        }
         let m = &self.d.machine;
         let mut sections = Vec::new();
         for index in 0..m.vcpus {
@@ -585,10 +603,7 @@ impl Running {
         let manifest = SnapshotManifest {
             format: SNAPSHOT_FORMAT,
             board: crate::board::BOARD_VERSION,
-            spec: VmSpec {
-                restore: None,
-                ..self.d.spec.clone()
-            },
+            spec: portable(&self.d.spec)?,
             engine: self.d.engine.0.to_owned(),
             clock_ns: m.clock.now_ns(),
             cpuid: snapshot::cpuid_rows(&m.cpuid),
@@ -628,6 +643,25 @@ impl Running {
         m.chipset.pci.refresh();
         Ok(())
     }
+}
+
+/// A specification that means the same wherever it is read.
+fn portable(spec: &VmSpec) -> Result<VmSpec> {
+    let mut s = VmSpec {
+        restore: None,
+        paused: false,
+        ..spec.clone()
+    };
+    let boot = &mut s.boot;
+    let files = [&mut boot.kernel].into_iter().chain(&mut boot.initrd);
+    let files = files.chain(boot.modules.iter_mut().map(|m| &mut m.path));
+    let files = files.chain(s.disks.iter_mut().map(|d| &mut d.path));
+    for path in files.chain(&mut s.vsock) {
+        if !path.as_os_str().is_empty() {
+            *path = std::path::absolute(&path).context("the working directory")?;
+        }
+    }
+    Ok(s)
 }
 
 fn vcpu_unit(index: u32) -> String {
