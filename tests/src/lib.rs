@@ -89,7 +89,10 @@ pub struct Session {
     child: Child,
     input: Option<ChildStdin>,
     pieces: Receiver<Vec<u8>>,
+    /// Printed and not expected yet.
     seen: String,
+    /// Printed.
+    all: String,
     errors: Arc<Mutex<String>>,
 }
 
@@ -130,6 +133,7 @@ impl Session {
             input,
             pieces,
             seen: String::new(),
+            all: String::new(),
             errors,
         }
     }
@@ -156,7 +160,7 @@ impl Session {
                 .pieces
                 .recv_timeout(until.saturating_duration_since(Instant::now()))
             {
-                Ok(p) => self.seen.push_str(&String::from_utf8_lossy(&p)),
+                Ok(p) => self.take(&p),
                 Err(e) => panic!(
                     "no {text:?} ({e}); seen:\n{}\nstandard error:\n{}",
                     self.seen,
@@ -164,6 +168,35 @@ impl Session {
                 ),
             }
         }
+    }
+
+    /// Waits for `before`, digits and a full stop; the number.
+    pub fn expect_number(&mut self, before: &str, limit: Duration) -> u64 {
+        let until = Instant::now() + limit;
+        loop {
+            self.expect(before, until.saturating_duration_since(Instant::now()));
+            let left = until.saturating_duration_since(Instant::now());
+            while !self.seen.contains('.') {
+                match self.pieces.recv_timeout(left) {
+                    Ok(p) => self.take(&p),
+                    Err(e) => panic!("no number after {before:?} ({e}); seen:\n{}", self.seen),
+                }
+            }
+            if let Some(n) = self.seen.split('.').next().and_then(|t| t.parse().ok()) {
+                return n;
+            }
+        }
+    }
+
+    /// All that was printed so far.
+    pub fn all(&self) -> &str {
+        &self.all
+    }
+
+    fn take(&mut self, piece: &[u8]) {
+        let text = String::from_utf8_lossy(piece);
+        self.seen.push_str(&text);
+        self.all.push_str(&text);
     }
 
     /// What came on standard error so far.

@@ -113,7 +113,12 @@ fn assemble(
     };
     let (engine, why) = engines::choose(spec.engine);
     let cpuid = match &manifest {
-        Some(m) => m.cpuid(),
+        Some(m) => {
+            let cpuid = m.cpuid();
+            engines::can_continue(engine, &cpuid)
+                .map_err(|e| AssemblyError::Input(vec![SpecError::new("restore", e)]))?;
+            cpuid
+        }
         None => engines::guest_cpuid(engine, &spec.cpu_model, spec.cpus)
             .map_err(|e| AssemblyError::Input(vec![SpecError::new("cpu_model", e)]))?,
     };

@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail};
 use pyrite_api::control::{
     self, Command, Ending, Event as Notice, Message, Outcome, Request, Tree,
 };
-use pyrite_api::v1::{ResetPolicy, SNAPSHOT_FORMAT, SnapshotManifest, VmSpec};
+use pyrite_api::v1::{ResetPolicy, SNAPSHOT_FORMAT, SnapshotManifest, SpecError, VmSpec};
 use pyrite_engine::{StopReason, saved};
 use pyrite_state::Inspect;
 use pyrite_vdev::MachineEvents;
@@ -228,7 +228,9 @@ fn failed(e: &anyhow::Error) -> Ending {
 impl Running {
     fn until_the_end(&mut self) -> Ending {
         let begun = match self.d.spec.restore.clone() {
-            Some(dir) => self.restore(&dir).map_err(|e| failed(&e)),
+            Some(dir) => self.restore(&dir).map_err(|e| Ending::BadInput {
+                errors: vec![SpecError::new("restore", format!("{}: {e:#}", dir.display()))],
+            }),
             None => self.boot(),
         };
         if let Err(ending) = begun {
@@ -606,6 +608,8 @@ impl Running {
             spec: portable(&self.d.spec)?,
             engine: self.d.engine.0.to_owned(),
             clock_ns: m.clock.now_ns(),
+            state_crc: 0,
+            memory_crc: 0,
             cpuid: snapshot::cpuid_rows(&m.cpuid),
         };
         snapshot::write(dir, &manifest, &sections, &m.memory)
@@ -614,11 +618,11 @@ impl Running {
     /// Takes a snapshot over into this machine, which is new.
     fn restore(&mut self, dir: &std::path::Path) -> Result<()> {
         let manifest = snapshot::Manifest::read(dir).map_err(anyhow::Error::msg)?;
-        let mut sections = snapshot::read_sections(dir)?;
+        let mut sections = snapshot::read_sections(dir, &manifest)?;
         let m = &self.d.machine;
         m.clock.set_ns(manifest.0.clock_ns);
         self.booted_at_ns = manifest.0.clock_ns;
-        snapshot::read_memory(dir, &m.memory)?;
+        snapshot::read_memory(dir, &manifest, &m.memory)?;
         let mut take = |unit: &str| {
             let at = sections.iter().position(|s| s.unit == unit);
             at.map(|n| sections.remove(n))

@@ -125,6 +125,7 @@ fn write_files(
     let out = File::create_new(dir.join(MEMORY)).context("cannot make the memory file")?;
     out.set_len(memory.size_bytes())
         .context("cannot size the memory file")?;
+    let mut crc = 0;
     let ram = memory.fd().try_clone().context("cannot read guest memory")?;
     let ram = File::from(ram);
     let mut piece = vec![0; PIECE];
@@ -138,11 +139,17 @@ fn write_files(
             if part.iter().any(|b| *b != 0) {
                 out.write_all_at(part, r.ram_offset + at)
                     .context("cannot write the memory")?;
+                crc = add_piece(crc, part, r.ram_offset + at);
             }
         }
     }
     out.sync_all().context("cannot write the memory")?;
 
+    let manifest = SnapshotManifest {
+        state_crc: crc32c::crc32c(&bytes),
+        memory_crc: crc,
+        ..manifest.clone()
+    };
     let text = manifest.to_json().map_err(anyhow::Error::msg)?;
     let mut file = File::create_new(dir.join(MANIFEST)).context("cannot make the manifest")?;
     file.write_all(text.as_bytes())
@@ -150,8 +157,13 @@ fn write_files(
     file.sync_all().context("cannot write the manifest")
 }
 
+/// The checksum of memory with one more piece.
+fn add_piece(crc: u32, piece: &[u8], offset: u64) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c_append(crc, piece), &offset.to_le_bytes())
+}
+
 /// Reads the sections of a snapshot.
-pub fn read_sections(dir: &Path) -> Result<Vec<Section>> {
+pub fn read_sections(dir: &Path, manifest: &Manifest) -> Result<Vec<Section>> {
     let file = File::open(dir.join(STATE)).context("cannot open the state file")?;
     let mut bytes = Vec::new();
     // One byte more than allowed shows that there is more.
@@ -161,12 +173,17 @@ pub fn read_sections(dir: &Path) -> Result<Vec<Section>> {
     if bytes.len() > container::MAX_CONTAINER_BYTES {
         bail!("the state file is too large");
     }
-    Ok(container::read(&bytes)?)
+    let sections = container::read(&bytes)?;
+    if crc32c::crc32c(&bytes) != manifest.0.state_crc {
+        bail!("the state file does not belong to the manifest");
+    }
+    Ok(sections)
 }
 
 /// Fills zeroed memory from a snapshot.
-pub fn read_memory(dir: &Path, memory: &GuestMemory) -> Result<()> {
+pub fn read_memory(dir: &Path, manifest: &Manifest, memory: &GuestMemory) -> Result<()> {
     let file = File::open(dir.join(MEMORY)).context("cannot open the memory file")?;
+    let mut crc = 0;
     let mut piece = vec![0; PIECE];
     for r in memory.regions() {
         for at in (0..r.size_bytes).step_by(PIECE) {
@@ -178,8 +195,12 @@ pub fn read_memory(dir: &Path, memory: &GuestMemory) -> Result<()> {
                 memory
                     .write(r.gpa + at, part)
                     .context("cannot write guest memory")?;
+                crc = add_piece(crc, part, r.ram_offset + at);
             }
         }
+    }
+    if crc != manifest.0.memory_crc {
+        bail!("the memory file is damaged");
     }
     Ok(())
 }
