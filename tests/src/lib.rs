@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+pub mod fixtures;
 pub mod guest;
 
 /// The pyrite executable of this build, built if need be.
@@ -99,6 +100,16 @@ pub struct Session {
 impl Session {
     /// Starts pyrite.
     pub fn start(command: &mut Command) -> Session {
+        Session::start_with(command, None)
+    }
+
+    /// Starts pyrite; what it prints also goes to the file `log`, as it comes.
+    pub fn start_logged(command: &mut Command, log: &Path) -> Session {
+        let log = std::fs::File::create(log).expect("log file");
+        Session::start_with(command, Some(log))
+    }
+
+    fn start_with(command: &mut Command, mut log: Option<std::fs::File>) -> Session {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -110,6 +121,9 @@ impl Session {
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(n @ 1..) = output.read(&mut buffer) {
+                if let Some(log) = &mut log {
+                    let _ = log.write_all(&buffer[..n]);
+                }
                 if sender.send(buffer[..n].to_vec()).is_err() {
                     return;
                 }
@@ -150,11 +164,17 @@ impl Session {
     /// Waits until the guest has printed `text` since the last call; panics with everything that
     /// was seen if that takes longer than `limit`.
     pub fn expect(&mut self, text: &str, limit: Duration) {
+        self.until(text, limit);
+    }
+
+    /// As [`Session::expect`]; what was printed before `text`.
+    pub fn until(&mut self, text: &str, limit: Duration) -> String {
         let until = Instant::now() + limit;
         loop {
             if let Some(at) = self.seen.find(text) {
+                let before = self.seen[..at].to_owned();
                 self.seen.drain(..at + text.len());
-                return;
+                return before;
             }
             match self
                 .pieces

@@ -133,6 +133,9 @@ pub struct RunArgs {
         value_parser = parse_forward
     )]
     pub forwards: Vec<ForwardSpec>,
+    /// Let the guest reach services of this host's 127.0.0.1, as 10.0.2.2
+    #[arg(long)]
+    pub host_access: bool,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -211,6 +214,7 @@ impl RunArgs {
                     NetArg::None => NetKind::None,
                 },
                 forwards: self.forwards.clone(),
+                host_access: self.host_access,
             },
             console: console.unwrap_or_default(),
             balloon: self.balloon,
@@ -243,6 +247,7 @@ fn option_of(path: &str) -> &'static str {
         ("cpu_model", _) => "--cpu",
         ("disks", _) => "--disk",
         ("net", p) if p.starts_with("net.forwards") => "-p",
+        ("net", "net.host_access") => "--host-access",
         ("net", _) => "--net",
         ("console", _) => "--console",
         ("balloon", _) => "--balloon",
@@ -400,6 +405,7 @@ mod tests {
             "2m",
             "--no-reboot",
             "--balloon",
+            "--host-access",
             "--module",
             "m a b",
         ])
@@ -414,6 +420,7 @@ mod tests {
         assert!(spec.disks[0].read_only && !spec.disks[1].read_only);
         assert_eq!(spec.disks[1].path, PathBuf::from("a,b"));
         assert_eq!(spec.net.forwards[1].protocol, Protocol::Udp);
+        assert!(spec.net.host_access);
         assert_eq!(spec.time_limit_ms, Some(120_000));
         assert_eq!(spec.reset, ResetPolicy::Stop);
         spec.validate().unwrap();

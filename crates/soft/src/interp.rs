@@ -251,7 +251,7 @@ fn decode_new(
 
 /// AMD and Intel differ in what 66H does to near branches in 64-bit code, among others. The guest
 /// gets what its CPUID says it is.
-fn vendor_options(leaf0: Option<&CpuidEntry>) -> u32 {
+pub(crate) fn vendor_options(leaf0: Option<&CpuidEntry>) -> u32 {
     // EBX of "AuthenticAMD" and "HygonGenuine".
     let amd = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
     match leaf0 {

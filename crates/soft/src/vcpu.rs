@@ -128,11 +128,6 @@ impl SoftVcpu {
         self.flush_tlb(false);
     }
 
-    /// Forgets where indirect jumps went: address spaces or mappings changed.
-    pub fn forget_jumps(&mut self) {
-        xlate::forget_jumps(self);
-    }
-
     /// Notes accesses to data breakpoints (DR0-DR3). Intel SDM Vol. 3B §17.2.
     pub fn note_data_access(&mut self, lin: u64, len: usize, write: bool) {
         if self.frame.cpu.dr[7] & 0xff != 0 {
