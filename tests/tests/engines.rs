@@ -11,7 +11,9 @@ fn run(name: &str, engine: &str, code: &[u8], options: &[&str]) -> (i32, String,
     let dir = Scratch::new(&format!("engine-{name}-{engine}"));
     let kernel = dir.file("kernel", &guest::pvh(code));
     let mut command = Command::new(pyrite());
-    command.args(["run", "--net", "none", "--memory", "32M", "--engine", engine]);
+    command.args([
+        "run", "--net", "none", "--memory", "32M", "--engine", engine,
+    ]);
     command.args(options).arg("--kernel").arg(&kernel);
     Session::start(&mut command).end(LIMIT)
 }
@@ -33,10 +35,19 @@ fn engines() -> Vec<&'static str> {
 
 #[test]
 fn tiny_kernel_prints_and_exits_on_each_engine() {
-    let code = [guest::print("hello\n"), guest::out8(0xf4, 21), guest::HALT.to_vec()].concat();
+    let code = [
+        guest::print("hello\n"),
+        guest::out8(0xf4, 21),
+        guest::HALT.to_vec(),
+    ]
+    .concat();
     for engine in engines() {
         let (code, output, errors) = run("hello", engine, &code, &[]);
-        assert_eq!((code, output.as_str()), (43, "hello\n"), "{engine}: {errors}");
+        assert_eq!(
+            (code, output.as_str()),
+            (43, "hello\n"),
+            "{engine}: {errors}"
+        );
     }
 }
 

@@ -14,9 +14,15 @@ fn start(dir: &Scratch, code: &[u8], options: &[&str]) -> (Session, PathBuf) {
     let kernel = dir.file("kernel", &guest::pvh(code));
     let socket = dir.0.join("control");
     let mut command = Command::new(pyrite());
-    command.args(["run", "--engine", "soft", "--net", "none", "--memory", "32M"]);
+    command.args([
+        "run", "--engine", "soft", "--net", "none", "--memory", "32M",
+    ]);
     command.args(options);
-    command.arg("--control").arg(&socket).arg("--kernel").arg(&kernel);
+    command
+        .arg("--control")
+        .arg(&socket)
+        .arg("--kernel")
+        .arg(&kernel);
     (Session::start(&mut command), socket)
 }
 
@@ -50,13 +56,18 @@ fn vm_process(s: &Session) -> u32 {
     let pid = s.pid();
     let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("children");
     let mut children = text.split_whitespace();
-    children.next().and_then(|c| c.parse().ok()).expect("a VM process")
+    children
+        .next()
+        .and_then(|c| c.parse().ok())
+        .expect("a VM process")
 }
 
 /// Open files and threads of a process.
 fn holdings(pid: u32) -> (usize, usize) {
     let count = |what: &str| {
-        fs::read_dir(format!("/proc/{pid}/{what}")).expect("process").count()
+        fs::read_dir(format!("/proc/{pid}/{what}"))
+            .expect("process")
+            .count()
     };
     (count("fd"), count("task"))
 }
@@ -122,12 +133,22 @@ fn tree_shows_what_runs() {
     let (mut s, socket) = start(&dir, &code, &["--cpus", "2"]);
     s.expect("A", STEP);
     let tree = ask(&socket, &["inspect"]);
-    for part in ["engine: soft", "vcpu0:", "translator:", "uart0:", "virtio-rng0:"] {
+    for part in [
+        "engine: soft",
+        "vcpu0:",
+        "translator:",
+        "uart0:",
+        "virtio-rng0:",
+    ] {
         assert!(tree.contains(part), "no {part} in\n{tree}");
     }
     assert!(ask(&socket, &["inspect", "vm/vcpu0/activity"]).contains("Running"));
     assert!(ask(&socket, &["inspect", "vm/vcpu1/activity"]).contains("WaitForSipi"));
     let (code, text) = ctl(&socket, &["inspect", "nothing"]);
-    assert_eq!((code, text.contains("there is no nothing")), (6, true), "{text}");
+    assert_eq!(
+        (code, text.contains("there is no nothing")),
+        (6, true),
+        "{text}"
+    );
     assert_eq!(ctl(&dir.0.join("nobody"), &["pause"]).0, 2);
 }

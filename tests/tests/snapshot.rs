@@ -47,7 +47,12 @@ fn ask(socket: &Path, words: &[&str]) {
 fn same(a: &Path, b: &Path) {
     for name in ["manifest.json", "state", "memory"] {
         let equal = fs::read(a.join(name)).expect("file") == fs::read(b.join(name)).expect("file");
-        assert!(equal, "{name} differs between {} and {}", a.display(), b.display());
+        assert!(
+            equal,
+            "{name} differs between {} and {}",
+            a.display(),
+            b.display()
+        );
     }
 }
 
@@ -64,7 +69,16 @@ fn ready(socket: PathBuf) -> PathBuf {
 
 /// Nothing went wrong so far.
 fn clean(vm: &Session) {
-    for bad in ["BADDISK", "NOPING", "Oops", "BUG:", "unstable", "stall", "lockup", "Call Trace"] {
+    for bad in [
+        "BADDISK",
+        "NOPING",
+        "Oops",
+        "BUG:",
+        "unstable",
+        "stall",
+        "lockup",
+        "Call Trace",
+    ] {
         let lines = vm.all().lines();
         let lines = lines.filter(|l| l.contains(bad) && !l.contains("dmesg | grep"));
         assert_eq!(lines.collect::<Vec<_>>(), Vec::<&str>::new(), "{bad}");
@@ -100,7 +114,9 @@ fn move_on(dir: &Scratch, name: &str, old: Session, socket: &Path) -> (Session, 
 fn survives_moves(name: &str, cpus: &str, delays_ms: &[u64]) {
     let dir = Scratch::new(name);
     let disk = dir.0.join("disk");
-    fs::File::create(&disk).and_then(|f| f.set_len(32 << 20)).expect("disk");
+    fs::File::create(&disk)
+        .and_then(|f| f.set_len(32 << 20))
+        .expect("disk");
     let disk = disk.to_str().expect("text");
     let mut socket = dir.0.join("socket");
     let options = ["--cpus", cpus, "--memory", "256M", "--disk", disk];
@@ -148,12 +164,19 @@ fn damaged_snapshots_are_refused_with_2() {
     let kernel = pyrite_tests::guest::pvh(&pyrite_tests::guest::HALT);
     let kernel = dir.file("kernel", &kernel);
     let kernel = kernel.to_str().expect("text");
-    let vm = start(&socket, &["--net", "none", "--memory", "32M", "--kernel", kernel]);
+    let vm = start(
+        &socket,
+        &["--net", "none", "--memory", "32M", "--kernel", kernel],
+    );
     let socket = ready(socket);
     let snapshot = dir.0.join("s");
     let name = snapshot.to_str().expect("text").to_owned();
     ask(&socket, &["snapshot", &name]);
-    assert_eq!(ctl(&socket, &["snapshot", &name]).0, 6, "a directory that is there");
+    assert_eq!(
+        ctl(&socket, &["snapshot", &name]).0,
+        6,
+        "a directory that is there"
+    );
     ask(&socket, &["stop"]);
     assert_eq!(vm.end(STEP).0, 130);
     for file in ["manifest.json", "state", "memory"] {
@@ -172,5 +195,10 @@ fn damaged_snapshots_are_refused_with_2() {
         fs::write(&path, good).expect("written");
     }
     let out = pyrite_tests::run(&["run", "--restore", &name, "--timeout", "1s"]);
-    assert_eq!(out.status.code(), Some(5), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(
+        out.status.code(),
+        Some(5),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
 }

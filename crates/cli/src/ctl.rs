@@ -77,14 +77,15 @@ impl Socket {
                     }
                     let (ask, open) = (Arc::clone(&ask), Arc::clone(&open));
                     let ours = Arc::clone(&open);
-                    let started = std::thread::Builder::new().name("request".into()).spawn(
-                        move || {
-                            if let Err(e) = answer(stream, &*ask) {
-                                tracing::debug!("control socket: {e}");
-                            }
-                            open.fetch_sub(1, Ordering::AcqRel);
-                        },
-                    );
+                    let started =
+                        std::thread::Builder::new()
+                            .name("request".into())
+                            .spawn(move || {
+                                if let Err(e) = answer(stream, &*ask) {
+                                    tracing::debug!("control socket: {e}");
+                                }
+                                open.fetch_sub(1, Ordering::AcqRel);
+                            });
                     if started.is_err() {
                         ours.fetch_sub(1, Ordering::AcqRel);
                     }
@@ -241,7 +242,10 @@ mod tests {
         let path = dir.join("sock");
         {
             let socket = Socket::bind(&path).unwrap();
-            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            assert_eq!(
+                fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+                0o600
+            );
             assert!(Socket::bind(&path).is_err());
             socket
                 .serve(|command, to| {

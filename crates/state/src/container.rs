@@ -88,8 +88,7 @@ pub fn write(sections: &[Section]) -> Result<Vec<u8>, ContainerError> {
     };
     let entries = sections.iter().map(entry).collect::<Result<Vec<_>, _>>()?;
     check(&entries)?;
-    let header =
-        minicbor::to_vec(&entries).map_err(|e| ContainerError::Damaged(e.to_string()))?;
+    let header = minicbor::to_vec(&entries).map_err(|e| ContainerError::Damaged(e.to_string()))?;
     let size = u32::try_from(header.len()).unwrap_or(u32::MAX);
     let mut out = Vec::new();
     out.extend_from_slice(MAGIC);
@@ -108,15 +107,21 @@ pub fn write(sections: &[Section]) -> Result<Vec<u8>, ContainerError> {
 
 /// What a container holds, and where its bodies begin. The bodies are not looked at.
 pub fn read_header(bytes: &[u8]) -> Result<(Vec<Entry>, usize), ContainerError> {
-    let (magic, rest) = bytes.split_first_chunk::<8>().ok_or(ContainerError::Magic)?;
+    let (magic, rest) = bytes
+        .split_first_chunk::<8>()
+        .ok_or(ContainerError::Magic)?;
     if magic[..7] != MAGIC[..7] {
         return Err(ContainerError::Magic);
     }
     if magic != MAGIC {
         return Err(ContainerError::Version(magic[7]));
     }
-    let (size, rest) = rest.split_first_chunk::<4>().ok_or(ContainerError::CutOff)?;
-    let (crc, rest) = rest.split_first_chunk::<4>().ok_or(ContainerError::CutOff)?;
+    let (size, rest) = rest
+        .split_first_chunk::<4>()
+        .ok_or(ContainerError::CutOff)?;
+    let (crc, rest) = rest
+        .split_first_chunk::<4>()
+        .ok_or(ContainerError::CutOff)?;
     let size = u32::from_le_bytes(*size) as usize;
     if size > MAX_HEADER_BYTES {
         return Err(ContainerError::Damaged(format!("a header of {size} bytes")));

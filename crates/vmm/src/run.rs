@@ -229,7 +229,10 @@ impl Running {
     fn until_the_end(&mut self) -> Ending {
         let begun = match self.d.spec.restore.clone() {
             Some(dir) => self.restore(&dir).map_err(|e| Ending::BadInput {
-                errors: vec![SpecError::new("restore", format!("{}: {e:#}", dir.display()))],
+                errors: vec![SpecError::new(
+                    "restore",
+                    format!("{}: {e:#}", dir.display()),
+                )],
             }),
             None => self.boot(),
         };

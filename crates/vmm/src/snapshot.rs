@@ -126,7 +126,10 @@ fn write_files(
     out.set_len(memory.size_bytes())
         .context("cannot size the memory file")?;
     let mut crc = 0;
-    let ram = memory.fd().try_clone().context("cannot read guest memory")?;
+    let ram = memory
+        .fd()
+        .try_clone()
+        .context("cannot read guest memory")?;
     let ram = File::from(ram);
     let mut piece = vec![0; PIECE];
     for r in memory.regions() {

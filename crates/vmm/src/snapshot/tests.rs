@@ -64,12 +64,16 @@ fn damaged_and_incomplete_snapshots_are_refused() {
     fs::write(&state, &good[..10]).unwrap();
     assert!(read_sections(&dir.0, &m).is_err());
     fs::write(&state, &good).unwrap();
-    let ram = File::options().write(true).open(dir.0.join(MEMORY)).unwrap();
+    let ram = File::options()
+        .write(true)
+        .open(dir.0.join(MEMORY))
+        .unwrap();
     for at in [0x12_3456, 0x70_0000] {
         ram.write_all_at(b"x", at).unwrap();
         let fresh = GuestMemory::new(16 << 20).unwrap();
         assert!(read_memory(&dir.0, &m, &fresh).is_err(), "{at:#x}");
-        ram.write_all_at(if at == 0x12_3456 { b"h" } else { b"\0" }, at).unwrap();
+        ram.write_all_at(if at == 0x12_3456 { b"h" } else { b"\0" }, at)
+            .unwrap();
     }
     // The state of another snapshot, in itself whole.
     let other = container::write(&[Section::new("u", "kind", 1, &8u32)]).unwrap();
