@@ -206,6 +206,9 @@ pub struct VmSpec {
     /// Directory of a snapshot to continue from instead of booting.
     #[serde(default)]
     pub restore: Option<PathBuf>,
+    /// The VM stands still until it is told to go on.
+    #[serde(default)]
+    pub paused: bool,
 }
 
 fn host_model() -> String {
@@ -228,6 +231,7 @@ impl Default for VmSpec {
             reset: ResetPolicy::Reboot,
             time_limit_ms: None,
             restore: None,
+            paused: false,
         }
     }
 }

@@ -28,6 +28,8 @@ pub enum Command {
     /// package client, cached, and booted to a shell with working network.
     #[command(after_help = crate::exit::HELP)]
     Run(Box<RunArgs>),
+    /// Ask something of a running VM that was started with --control.
+    Ctl(CtlArgs),
     /// Say what this host can do for VMs.
     Doctor,
     /// The process of one VM (started by `run`).
@@ -64,6 +66,42 @@ pub enum NetArg {
     User,
     /// No network card
     None,
+}
+
+/// Arguments of `pyrite ctl`.
+#[derive(Debug, Args)]
+pub struct CtlArgs {
+    /// The socket that the VM was given with --control
+    pub socket: PathBuf,
+    /// What to ask
+    #[command(subcommand)]
+    pub ask: Ask,
+}
+
+/// What can be asked of a running VM.
+#[derive(Debug, Subcommand)]
+pub enum Ask {
+    /// Write memory and state to a new directory; the VM then goes on
+    Snapshot {
+        /// The directory, which must not exist
+        dir: PathBuf,
+    },
+    /// Show what the machine is and does
+    Inspect {
+        /// Part of the tree, e.g. vm/vcpu0
+        #[arg(default_value = "")]
+        path: String,
+    },
+    /// Stop guest time
+    Pause,
+    /// Let a paused VM go on
+    Resume,
+    /// Press the reset button
+    Reset,
+    /// Press the power button
+    Power,
+    /// End the VM at once
+    Stop,
 }
 
 /// Options of `pyrite run`.
@@ -125,6 +163,12 @@ pub struct RunArgs {
     /// End the VM when the guest resets the machine
     #[arg(long)]
     pub no_reboot: bool,
+    /// Unix socket on which the VM takes requests of `pyrite ctl`
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
+    /// Stand still until `pyrite ctl SOCKET resume`
+    #[arg(long, requires = "control")]
+    pub paused: bool,
     /// Go on from a snapshot instead of booting
     #[arg(long, value_name = "DIR", conflicts_with_all = ["kernel", "initrd", "append", "modules"])]
     pub restore: Option<PathBuf>,
@@ -184,6 +228,7 @@ impl RunArgs {
                 .timeout
                 .map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
             restore: self.restore.clone(),
+            paused: self.paused,
         }
     }
 }

@@ -140,6 +140,11 @@ pub struct Translator {
 }
 
 impl Translator {
+    /// Bytes of the code cache that are in use.
+    pub fn cache_use(&self) -> usize {
+        self.cache.used()
+    }
+
     /// An empty translator.
     pub fn new(vm: &VmShared, frame: &mut FrameRef) -> Result<Translator, EngineError> {
         let cache = Cache::new(vm.options.code_cache_bytes).map_err(|source| EngineError::Os {

@@ -25,6 +25,9 @@ use pyrite_virtio::{
 use crate::engines::Engine;
 use crate::run::console::Console;
 
+#[cfg(test)]
+mod tests;
+
 /// First PCI slot of configured devices.
 const FIRST_SLOT: u8 = 1;
 /// Context id of the guest on its vsock: the first that is not reserved.

@@ -80,6 +80,7 @@ fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
         reset: now.reset,
         time_limit_ms: now.time_limit_ms,
         restore: now.restore.clone(),
+        paused: now.paused,
         net,
         ..saved
     }
@@ -114,7 +115,12 @@ fn assemble(
     };
     let (engine, why) = engines::choose(spec.engine);
     let cpuid = match &manifest {
-        Some(m) => m.cpuid(),
+        Some(m) => {
+            let cpuid = m.cpuid();
+            engines::can_continue(engine, &cpuid)
+                .map_err(|e| AssemblyError::Input(vec![SpecError::new("restore", e)]))?;
+            cpuid
+        }
         None => engines::guest_cpuid(engine, &spec.cpu_model, spec.cpus)
             .map_err(|e| AssemblyError::Input(vec![SpecError::new("cpu_model", e)]))?,
     };
