@@ -46,7 +46,9 @@ fn main() -> ExitCode {
 
 /// One process per job: the layout has fixed addresses.
 fn spread(seed: u64, count: u64, seconds: u64, jobs: u64, keep: u64) -> ExitCode {
-    let Ok(me) = std::env::current_exe() else { return ExitCode::FAILURE };
+    let Ok(me) = std::env::current_exe() else {
+        return ExitCode::FAILURE;
+    };
     let share = count.div_ceil(jobs);
     let children: Vec<_> = (0..jobs)
         .map(|n| {
@@ -62,5 +64,9 @@ fn spread(seed: u64, count: u64, seconds: u64, jobs: u64, keep: u64) -> ExitCode
     for c in children {
         good &= c.and_then(|mut c| c.wait()).is_ok_and(|s| s.success());
     }
-    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

@@ -43,8 +43,13 @@ fn unfit(code: Code) -> bool {
             | Reservednop | Pause | Enter | Wrssd | Wrssq | Rstorssp | Saveprevssp
     ) || matches!(
         code,
-        Code::Retnw | Code::Retnw_imm16 | Code::Call_rm16 | Code::Jmp_rm16 | Code::Call_rel16
-            | Code::Jmp_rel16 | Code::Jmp_rel8_16
+        Code::Retnw
+            | Code::Retnw_imm16
+            | Code::Call_rm16
+            | Code::Jmp_rm16
+            | Code::Call_rel16
+            | Code::Jmp_rel16
+            | Code::Jmp_rel8_16
     ) || format!("{code:?}").ends_with("rel8_16")
         || format!("{code:?}").ends_with("rel16")
         || format!("{code:?}").contains("_rel8_16_")
@@ -69,13 +74,18 @@ impl Pool {
                 continue;
             }
             let mut r = Rng::new(code as u64);
-            let Some(i) = gen_::instruction(code, &mut r, &start, 400) else { continue };
+            let Some(i) = gen_::instruction(code, &mut r, &start, 400) else {
+                continue;
+            };
             let i = gen_::decoded(&i.bytes);
             if !g.vcpu().interp.allows(&i) {
                 continue;
             }
             let x87 = code.cpuid_features().iter().any(|f| {
-                matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::FPU287XL_ONLY | F::MMX)
+                matches!(
+                    f,
+                    F::FPU | F::FPU287 | F::FPU387 | F::FPU287XL_ONLY | F::MMX
+                )
             });
             let list = if i.flow_control() != FlowControl::Next {
                 &mut p.branch
@@ -88,7 +98,11 @@ impl Pool {
             } else if i.encoding() == EncodingKind::EVEX {
                 &mut p.evex
             } else if has_vectors(&i) {
-                if i.encoding() == EncodingKind::VEX { &mut p.avx } else { &mut p.sse }
+                if i.encoding() == EncodingKind::VEX {
+                    &mut p.avx
+                } else {
+                    &mut p.sse
+                }
             } else {
                 if i.rflags_read() != 0 {
                     p.users.push(code);
@@ -126,7 +140,12 @@ fn start_of(base: &Start, c: &Components, seed: u64) -> Start {
 }
 
 fn raw(bytes: &[u8]) -> Insn {
-    Insn { bytes: bytes.to_vec(), branch: None, rip_data: None, id: 0 }
+    Insn {
+        bytes: bytes.to_vec(),
+        branch: None,
+        rip_data: None,
+        id: 0,
+    }
 }
 
 /// A random sequence for a start state.
@@ -167,7 +186,9 @@ fn sequence(pool: &Pool, r: &mut Rng, start: &Start, at: usize) -> Sequence {
             continue;
         }
         let code = *r.pick(list);
-        let Some(insn) = gen_::instruction(code, r, start, 40) else { continue };
+        let Some(insn) = gen_::instruction(code, r, start, 40) else {
+            continue;
+        };
         let i = gen_::decoded(&insn.bytes);
         if let Some(n) = counter {
             let writes = info.info(&i).used_registers().iter().any(|u| {
@@ -184,10 +205,16 @@ fn sequence(pool: &Pool, r: &mut Rng, start: &Start, at: usize) -> Sequence {
     let body = insns.len();
     if let Some(n) = counter {
         if n == 1 && r.one_in(2) {
-            insns.push(Insn { branch: Some((1, 1, 0)), ..raw(&[0xe2, 0]) });
+            insns.push(Insn {
+                branch: Some((1, 1, 0)),
+                ..raw(&[0xe2, 0])
+            });
         } else {
             insns.push(raw(&[0x48 | n >> 3, 0xff, 0xc8 | n & 7]));
-            insns.push(Insn { branch: Some((2, 4, 0)), ..raw(&[0x0f, 0x85, 0, 0, 0, 0]) });
+            insns.push(Insn {
+                branch: Some((2, 4, 0)),
+                ..raw(&[0x0f, 0x85, 0, 0, 0, 0])
+            });
         }
     }
     for (n, i) in insns.iter_mut().enumerate() {
@@ -198,7 +225,11 @@ fn sequence(pool: &Pool, r: &mut Rng, start: &Start, at: usize) -> Sequence {
             } else {
                 // Forward; the loop's end counts as part of it.
                 let to = n as u64 + 1 + r.below(body as u64 + 1 - n as u64);
-                *target = if to >= body as u64 && counter.is_none() { u32::MAX } else { to as u32 };
+                *target = if to >= body as u64 && counter.is_none() {
+                    u32::MAX
+                } else {
+                    to as u32
+                };
             }
         }
     }
@@ -257,7 +288,10 @@ impl Fuzzer {
                 )
             }),
             late_canonical: g.name != "interpreter",
-            partial_vectors: seq.insns.iter().any(|i| is_gather(gen_::decoded(&i.bytes).code())),
+            partial_vectors: seq
+                .insns
+                .iter()
+                .any(|i| is_gather(gen_::decoded(&i.bytes).code())),
         }
     }
 
@@ -291,6 +325,12 @@ impl Fuzzer {
         match want.end {
             End::Lost => {
                 self.lost += 1;
+                if std::env::var_os("PYRITE_ISA_LOST").is_some() {
+                    let at = (want.rip - super::machine::CODE) as usize;
+                    let b = bytes.get(at.wrapping_sub(seq.at)..).unwrap_or_default();
+                    let i = gen_::decoded(b);
+                    println!("LOST {:?} {:02x?} {:x?}", i.code(), &b[..i.len()], want.gpr);
+                }
                 return None;
             }
             End::Exception { .. } => self.exceptions += 1,
@@ -324,9 +364,18 @@ impl Fuzzer {
         self.place = seq.at + seq.bytes().len();
         let engines = [0, 1 + (seed % 5) as usize];
         let (engine, text) = self.compare(&seq, &start, &engines)?;
-        let n = self.guests.iter().position(|g| g.name == engine).unwrap_or(0);
+        let n = self
+            .guests
+            .iter()
+            .position(|g| g.name == engine)
+            .unwrap_or(0);
         let (seq, text) = self.minimise(seq, &start, n, text);
-        Some(Failure { seed, engine, sequence: seq, text })
+        Some(Failure {
+            seed,
+            engine,
+            sequence: seq,
+            text,
+        })
     }
 
     /// Drops instructions while the engine still differs.
@@ -352,12 +401,18 @@ impl Fuzzer {
     /// Runs a stored case on everything.
     pub fn replay(&mut self, text: &str) -> Result<(), String> {
         let field = |name: &str| {
-            text.lines().find_map(|l| l.strip_prefix(name).map(str::trim)).unwrap_or_default()
+            text.lines()
+                .find_map(|l| l.strip_prefix(name).map(str::trim))
+                .unwrap_or_default()
         };
         let seed = field("seed").parse().map_err(|e| format!("seed: {e}"))?;
         let at = field("at").parse().map_err(|e| format!("at: {e}"))?;
         let mut bytes = Vec::new();
-        for h in text.lines().filter_map(|l| l.strip_prefix("code")).flat_map(str::split_whitespace) {
+        for h in text
+            .lines()
+            .filter_map(|l| l.strip_prefix("code"))
+            .flat_map(str::split_whitespace)
+        {
             bytes.push(u8::from_str_radix(h, 16).map_err(|e| format!("code: {e}"))?);
         }
         let start = start_of(&self.base, &self.components, seed);
@@ -384,7 +439,10 @@ impl Failure {
         let mut at = 0;
         let lens = self.sequence.insns.iter().map(|i| i.bytes.len()).chain([5]);
         for n in lens {
-            let hex: Vec<String> = bytes[at..at + n].iter().map(|b| format!("{b:02x}")).collect();
+            let hex: Vec<String> = bytes[at..at + n]
+                .iter()
+                .map(|b| format!("{b:02x}"))
+                .collect();
             let i = gen_::decoded(&bytes[at..at + n]);
             let _ = writeln!(s, "# {:?}\ncode {}", i.code(), hex.join(" "));
             at += n;
