@@ -32,7 +32,9 @@ use pyrite_x86::{gpr, sreg};
 use crate::exception::{Exception, Trap};
 use crate::interp::Op;
 use crate::interp::integer::{self, Done};
-use crate::interp::operand::{address_mask, alignment_checked, gpr_place, mem_lin, offset, segment};
+use crate::interp::operand::{
+    address_mask, alignment_checked, gpr_place, mem_lin, offset, segment,
+};
 use crate::mmu::Priv;
 use crate::sys::Next;
 use crate::sys::seg::SegAccess;

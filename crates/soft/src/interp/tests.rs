@@ -207,7 +207,13 @@ fn allowed(i: &iced_x86::Instruction, info: &mut InstructionInfoFactory) -> bool
     );
     // The guest of this test runs in ring 0, where LSS takes a null selector.
     let system = crate::sys::handles(m);
-    if !known || skip || system || i.is_vsib() || i.is_privileged() || i.flow_control() != FlowControl::Next {
+    if !known
+        || skip
+        || system
+        || i.is_vsib()
+        || i.is_privileged()
+        || i.flow_control() != FlowControl::Next
+    {
         return false;
     }
     for op in 0..i.op_count() {

@@ -20,8 +20,8 @@ mod flow;
 mod operand;
 
 use iced_x86::{
-    Code, Decoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
-    OpAccess, OpKind, Register, RflagsBits,
+    Code, Decoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register, RflagsBits,
 };
 
 use self::classify::{Fpu, fpu_kind, is_hint, may_keep_flags, stack_op, uses_mask, uses_vector};

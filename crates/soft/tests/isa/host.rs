@@ -460,7 +460,7 @@ extern "C" fn on_alarm(_sig: i32, _info: *mut libc::siginfo_t, u: *mut libc::c_v
     }
     // A busy machine may take a while for one sequence.
     c.ticks += 1;
-    if c.ticks < 10 {
+    if c.ticks < 2 {
         return;
     }
     // SAFETY: the kernel passes the interrupted context.
