@@ -8,7 +8,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+pub mod fixtures;
 pub mod guest;
+pub mod user_space;
 
 /// The pyrite executable of this build, built if need be.
 pub fn pyrite() -> &'static Path {
@@ -69,18 +71,46 @@ pub fn run(args: &[&str]) -> Output {
         .expect("pyrite runs")
 }
 
+/// Asks a running VM; the exit code, and all that was printed.
+pub fn ctl(socket: &Path, words: &[&str]) -> (i32, String) {
+    let done = Command::new(pyrite())
+        .arg("ctl")
+        .arg(socket)
+        .args(words)
+        .output()
+        .expect("pyrite runs");
+    let text = [done.stdout, done.stderr].concat();
+    (
+        done.status.code().unwrap_or(-1),
+        String::from_utf8_lossy(&text).into_owned(),
+    )
+}
+
 /// A running pyrite, talked to through pipes.
 pub struct Session {
     child: Child,
     input: Option<ChildStdin>,
     pieces: Receiver<Vec<u8>>,
+    /// Printed and not expected yet.
     seen: String,
+    /// Printed.
+    all: String,
     errors: Arc<Mutex<String>>,
 }
 
 impl Session {
     /// Starts pyrite.
     pub fn start(command: &mut Command) -> Session {
+        Session::start_with(command, None)
+    }
+
+    /// Starts pyrite; what it prints also goes to the file `log`, as it comes.
+    pub fn start_logged(command: &mut Command, log: &Path) -> Session {
+        let log = std::fs::File::create(log).expect("log file");
+        Session::start_with(command, Some(log))
+    }
+
+    fn start_with(command: &mut Command, mut log: Option<std::fs::File>) -> Session {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -92,6 +122,9 @@ impl Session {
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(n @ 1..) = output.read(&mut buffer) {
+                if let Some(log) = &mut log {
+                    let _ = log.write_all(&buffer[..n]);
+                }
                 if sender.send(buffer[..n].to_vec()).is_err() {
                     return;
                 }
@@ -115,6 +148,7 @@ impl Session {
             input,
             pieces,
             seen: String::new(),
+            all: String::new(),
             errors,
         }
     }
@@ -131,17 +165,30 @@ impl Session {
     /// Waits until the guest has printed `text` since the last call; panics with everything that
     /// was seen if that takes longer than `limit`.
     pub fn expect(&mut self, text: &str, limit: Duration) {
+        self.until(text, limit);
+    }
+
+    /// Like [`Session::expect`]; what was printed up to and with `text`.
+    pub fn read_until(&mut self, text: &str, limit: Duration) -> String {
+        let mut out = self.until(text, limit);
+        out.push_str(text);
+        out
+    }
+
+    /// As [`Session::expect`]; what was printed before `text`.
+    pub fn until(&mut self, text: &str, limit: Duration) -> String {
         let until = Instant::now() + limit;
         loop {
             if let Some(at) = self.seen.find(text) {
+                let before = self.seen[..at].to_owned();
                 self.seen.drain(..at + text.len());
-                return;
+                return before;
             }
             match self
                 .pieces
                 .recv_timeout(until.saturating_duration_since(Instant::now()))
             {
-                Ok(p) => self.seen.push_str(&String::from_utf8_lossy(&p)),
+                Ok(p) => self.take(&p),
                 Err(e) => panic!(
                     "no {text:?} ({e}); seen:\n{}\nstandard error:\n{}",
                     self.seen,
@@ -149,6 +196,35 @@ impl Session {
                 ),
             }
         }
+    }
+
+    /// Waits for `before`, digits and a full stop; the number.
+    pub fn expect_number(&mut self, before: &str, limit: Duration) -> u64 {
+        let until = Instant::now() + limit;
+        loop {
+            self.expect(before, until.saturating_duration_since(Instant::now()));
+            let left = until.saturating_duration_since(Instant::now());
+            while !self.seen.contains('.') {
+                match self.pieces.recv_timeout(left) {
+                    Ok(p) => self.take(&p),
+                    Err(e) => panic!("no number after {before:?} ({e}); seen:\n{}", self.seen),
+                }
+            }
+            if let Some(n) = self.seen.split('.').next().and_then(|t| t.parse().ok()) {
+                return n;
+            }
+        }
+    }
+
+    /// All that was printed so far.
+    pub fn all(&self) -> &str {
+        &self.all
+    }
+
+    fn take(&mut self, piece: &[u8]) {
+        let text = String::from_utf8_lossy(piece);
+        self.seen.push_str(&text);
+        self.all.push_str(&text);
     }
 
     /// What came on standard error so far.

@@ -16,6 +16,7 @@ use pyrite_x86::paging::{self, AccessKind, PageTables, PagingMode, Translation};
 use crate::exception::Exception;
 use crate::frame::{TLB_ENTRIES, TlbView, VIEWS, View, empty_tag, slot};
 use crate::vcpu::SoftVcpu;
+use crate::xlate::Jumps;
 
 /// On whose behalf memory is accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +85,11 @@ pub struct TlbNotes {
     shift: [[u8; TLB_ENTRIES]; VIEWS],
     /// Some entry came from a large page.
     any_large: bool,
+    /// Slots that may hold something, as (view, slot): non-global ones and global ones. A flush
+    /// touches only these.
+    filled: [Vec<(u8, u16)>; 2],
+    /// Likewise for the fetch entries, as (user, slot).
+    fetched: [Vec<(u8, u16)>; 2],
     fetch: [[FetchEntry; FETCH_ENTRIES]; 2],
 }
 
@@ -112,6 +118,8 @@ impl Default for TlbNotes {
             global: [[false; TLB_ENTRIES]; VIEWS],
             shift: [[12; TLB_ENTRIES]; VIEWS],
             any_large: false,
+            filled: [Vec::new(), Vec::new()],
+            fetched: [Vec::new(), Vec::new()],
             fetch: [[NO_FETCH; FETCH_ENTRIES]; 2],
         }
     }
@@ -205,12 +213,16 @@ impl SoftVcpu {
         let entry = &mut self.frame.tlb[v];
         let host = host as u64;
         let same = entry.read[n] == page && entry.host[n] == host;
+        let was_empty = entry.read[n] == empty_tag(n);
         entry.read[n] = page;
         entry.host[n] = host;
         if may_write {
             entry.write[n] = page;
         } else if !same {
             entry.write[n] = empty_tag(n);
+        }
+        if was_empty || self.notes.global[v][n] != t.global {
+            self.notes.filled[usize::from(t.global)].push((v as u8, n as u16));
         }
         self.notes.global[v][n] = t.global;
         self.notes.shift[v][n] = t.page_shift;
@@ -411,23 +423,31 @@ impl SoftVcpu {
 
     /// Guest-physical address of the code byte at linear `lin`, checked as a fetch at the CPL.
     pub fn fetch_gpa(&mut self, lin: u64) -> Result<u64, Exception> {
+        self.fetch_page(lin).map(|(gpa, _)| gpa)
+    }
+
+    /// Like [`SoftVcpu::fetch_gpa`], and whether the page is global.
+    pub fn fetch_page(&mut self, lin: u64) -> Result<(u64, bool), Exception> {
         let user = self.frame.cpu.cpl() == 3;
         let n = (lin >> 12) as usize & (FETCH_ENTRIES - 1);
         let page = lin & !(PAGE_SIZE - 1);
         let e = self.notes.fetch[usize::from(user)][n];
         if e.tag == page {
-            return Ok(e.gpa | (lin & (PAGE_SIZE - 1)));
+            return Ok((e.gpa | (lin & (PAGE_SIZE - 1)), e.global));
         }
         let view = if user { View::User } else { View::Supervisor };
         let t = self.walk(lin, AccessKind::Execute, view)?;
         self.notes.any_large |= t.page_shift > 12;
+        if e.tag == NO_FETCH.tag || e.global != t.global {
+            self.notes.fetched[usize::from(t.global)].push((u8::from(user), n as u16));
+        }
         self.notes.fetch[usize::from(user)][n] = FetchEntry {
             tag: page,
             gpa: t.gpa & !(PAGE_SIZE - 1),
             global: t.global,
             shift: t.page_shift,
         };
-        Ok(t.gpa)
+        Ok((t.gpa, t.global))
     }
 
     /// Fetches up to 15 code bytes at linear `lin`. Returns how many could be read and, when a
@@ -504,22 +524,36 @@ impl SoftVcpu {
     /// Empties the soft TLBs: MOV to CR3 (`keep_global`), changes of CR0, CR4, EFER, INVPCID.
     pub fn flush_tlb(&mut self, keep_global: bool) {
         self.stats.tlb_flushes += 1;
-        for v in 0..VIEWS {
-            for n in 0..TLB_ENTRIES {
+        let lists = if keep_global { 1 } else { 2 };
+        for k in 0..lists {
+            // A slot may be in both lists, and twice in one; what it holds now decides.
+            let mut filled = std::mem::take(&mut self.notes.filled[k]);
+            for (v, n) in filled.drain(..) {
+                let (v, n) = (usize::from(v), usize::from(n));
                 if !keep_global || !self.notes.global[v][n] {
                     clear_slot(&mut self.frame.tlb[v], n);
                 }
             }
-        }
-        for side in &mut self.notes.fetch {
-            for e in side.iter_mut().filter(|e| !keep_global || !e.global) {
-                *e = NO_FETCH;
+            self.notes.filled[k] = filled;
+            let mut fetched = std::mem::take(&mut self.notes.fetched[k]);
+            for (u, n) in fetched.drain(..) {
+                let e = &mut self.notes.fetch[usize::from(u)][usize::from(n)];
+                if !keep_global || !e.global {
+                    *e = NO_FETCH;
+                }
             }
+            self.notes.fetched[k] = fetched;
         }
-        if !keep_global {
+        if keep_global {
+            self.forget_jumps(Jumps::NonGlobal);
+        } else {
             self.notes.any_large = false;
+            self.forget_jumps(Jumps::All);
         }
-        self.forget_jumps();
+    }
+
+    fn forget_jumps(&mut self, which: Jumps) {
+        crate::xlate::forget_jumps(self, which);
     }
 
     /// INVLPG: drops what is cached for the page around `lin`, large pages included.
@@ -543,7 +577,19 @@ impl SoftVcpu {
                 *e = NO_FETCH;
             }
         }
-        self.forget_jumps();
+        // A large page is at most 1 GiB: 2^18 small ones.
+        self.forget_jumps(Jumps::Near(lin, if large { 18 } else { 0 }));
+        // LIMIT: INVLPG in a loop refills slots that are in the lists already.
+        let listed = self
+            .notes
+            .filled
+            .iter()
+            .chain(&self.notes.fetched)
+            .map(Vec::len)
+            .sum::<usize>();
+        if listed > 8 * VIEWS * TLB_ENTRIES {
+            self.flush_tlb(false);
+        }
     }
 
     /// Drops all write permission (dirty logging begins a round).

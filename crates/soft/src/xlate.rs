@@ -31,11 +31,11 @@ use pyrite_x86::bits::{cr0, cr4, efer, rflags};
 use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
 use self::cache::{BlockKey, Cache};
-use self::front::{Front, HostFeatures};
+use self::front::{Front, HostFeatures, Tools};
 pub use self::layout::FrameArea;
 use self::layout::{JC_ENTRIES, JC_MASK, reason};
 use crate::exception::Trap;
-use crate::frame::{Frame, TLB_ENTRIES, VIEWS, View, empty_tag};
+use crate::frame::{Frame, TLB_ENTRIES, View, empty_tag};
 use crate::interp;
 use crate::mmu::Priv;
 use crate::vcpu::{FrameRef, SoftVcpu};
@@ -99,12 +99,40 @@ pub struct XlateStats {
     pub stale_pages: u64,
 }
 
+/// An entry of a jump cache that was filled.
+#[derive(Clone, Copy)]
+struct CachedJump {
+    /// RIP >> 12 of its target.
+    page: u64,
+    slot: u16,
+    view: u8,
+    /// The target is in a global page.
+    global: bool,
+}
+
+/// LIMIT: entries remembered one by one; more are forgotten together.
+const JUMPS_MAX: usize = 4 * JC_ENTRIES;
+
+/// Which jump-cache entries to forget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Jumps {
+    /// All.
+    All,
+    /// Those whose target is not in a global page.
+    NonGlobal,
+    /// Those whose target shares RIP >> (12 + shift) with the address.
+    Near(u64, u8),
+}
+
 /// The translator of one vCPU.
 pub struct Translator {
     cache: Cache,
+    tools: Tools,
     host: HostFeatures,
-    /// Views whose jump cache holds something.
-    jumps_dirty: [bool; VIEWS],
+    /// What the jump caches may hold.
+    jumps: Vec<CachedJump>,
+    /// What an instruction interpreted in place ended with.
+    trap: Option<Trap>,
     /// Blocks that must poll at their entry because a backward jump leads there.
     must_poll: std::collections::HashSet<BlockKey>,
     /// Counters.
@@ -112,6 +140,11 @@ pub struct Translator {
 }
 
 impl Translator {
+    /// Bytes of the code cache that are in use.
+    pub fn cache_use(&self) -> usize {
+        self.cache.used()
+    }
+
     /// An empty translator.
     pub fn new(vm: &VmShared, frame: &mut FrameRef) -> Result<Translator, EngineError> {
         let cache = Cache::new(vm.options.code_cache_bytes).map_err(|source| EngineError::Os {
@@ -126,17 +159,20 @@ impl Translator {
         x.stub_exit = stubs::exit as *const () as u64;
         x.stub_miss = stubs::miss as *const () as u64;
         x.stub_slow = stubs::slow as *const () as u64;
+        x.stub_step = stubs::step as *const () as u64;
         x.stub_fpu = stubs::fpu_load as *const () as u64;
         for jc in &mut x.jump_cache {
             jc.fill(stubs::miss as *const () as u64);
         }
         Ok(Translator {
             cache,
+            tools: Tools::new(),
             host: HostFeatures {
                 bmi2: fast_pext(),
                 decoder: interp::vendor_options(vm.cpuid.get(0, 0)),
             },
-            jumps_dirty: [false; VIEWS],
+            jumps: Vec::new(),
+            trap: None,
             must_poll: std::collections::HashSet::new(),
             stats: XlateStats::default(),
         })
@@ -285,6 +321,30 @@ unsafe extern "sysv64" fn slow_memory(frame: *mut Frame, lin: u64, desc: u32) ->
     1
 }
 
+/// Called by the step stub: interprets the instruction at RIP. 0 = the block goes on, 1 = leave.
+unsafe extern "sysv64" fn step_in_place(frame: *mut Frame) -> u32 {
+    // SAFETY: as in `slow_memory`.
+    let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
+    v.xlate.stats.interpreted += 1;
+    let flags = flags_from_lahf(v.frame.xlate.flags);
+    v.frame.cpu.rflags = (v.frame.cpu.rflags & !rflags::ARITH) | flags;
+    let outcome = interp::step(v);
+    v.frame.xlate.flags = flags_to_lahf(v.frame.cpu.rflags);
+    v.frame.xlate.irq_waiting = u32::from(v.irq_waiting);
+    let goes_on = outcome.is_ok()
+        && v.frame.cpu.rip == v.frame.xlate.expected
+        && !run_loop_wanted(v)
+        && mode_of(v) == Some(v.frame.xlate.mode);
+    if let Err(trap) = outcome {
+        v.xlate.trap = Some(trap);
+    }
+    if goes_on {
+        return 0;
+    }
+    v.frame.xlate.reason = reason::STEPPED;
+    1
+}
+
 /// True when the run loop has something to do before more guest code runs.
 fn run_loop_wanted(v: &SoftVcpu) -> bool {
     let c = &v.frame.cpu;
@@ -300,7 +360,7 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
     loop {
         let Some(m) = mode_of(v) else { return Ok(()) };
         let linear_rip = v.frame.cpu.rip;
-        let gpa = match v.fetch_gpa(linear_rip) {
+        let (gpa, global) = match v.fetch_page(linear_rip) {
             Ok(g) if v.canonical(linear_rip) || m & mode::CODE64 == 0 => g,
             // The interpreter raises the fetch's exception.
             _ => return interp::step(v),
@@ -327,12 +387,24 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
             }
             continue;
         }
-        // The jump cache is what makes the look-up worth while for indirect and far jumps.
-        let view = (m & mode::VIEW) as usize;
+        // The jump cache saves the next look-up of this target.
         let base = v.xlate.cache.base();
+        let view = (m & mode::VIEW) as usize;
         let slot = (linear_rip as usize) & (JC_ENTRIES - 1);
-        v.frame.xlate.jump_cache[view][slot] = base + u64::from(checked);
-        v.xlate.jumps_dirty[view] = true;
+        let checked = base + u64::from(checked);
+        if v.frame.xlate.jump_cache[view][slot] != checked {
+            if v.xlate.jumps.len() >= JUMPS_MAX {
+                forget_jumps(v, Jumps::All);
+            }
+            v.frame.xlate.jump_cache[view][slot] = checked;
+            let page = linear_rip >> 12;
+            v.xlate.jumps.push(CachedJump {
+                page,
+                slot: slot as u16,
+                view: view as u8,
+                global,
+            });
+        }
         v.frame.xlate.target = base + u64::from(entry);
         enter(v);
         match v.frame.xlate.reason {
@@ -341,6 +413,11 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
             reason::POLL => {
                 v.xlate.stats.polls += 1;
                 return Ok(());
+            }
+            reason::STEPPED => {
+                if let Some(t) = v.xlate.trap.take() {
+                    return Err(t);
+                }
             }
             reason::SIGNAL => {
                 locate_signal(v)?;
@@ -441,7 +518,7 @@ fn link(v: &mut SoftVcpu, m: u32) {
         // Every loop must notice the exit request: translate the target again, polling.
         v.xlate.must_poll.insert(key);
         v.xlate.cache.kill(to);
-        forget_jumps(v);
+        forget_jumps(v, Jumps::All);
         match find_or_translate(v, key) {
             Some(t) => to = t,
             None => return,
@@ -489,6 +566,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     let first_exit = v.xlate.cache.exits.len() as u32;
     let interp = &v.interp;
     let mut t = Front::translate(
+        &mut v.xlate.tools,
         bytes,
         key,
         base,
@@ -556,14 +634,21 @@ fn protect(v: &mut SoftVcpu, page_off: u64) {
     });
 }
 
-/// Forgets targets of indirect jumps.
-pub fn forget_jumps(v: &mut SoftVcpu) {
+/// Forgets targets of far and indirect jumps: address spaces or mappings changed.
+pub fn forget_jumps(v: &mut SoftVcpu, which: Jumps) {
     let miss = stubs::miss as *const () as u64;
-    for n in 0..VIEWS {
-        if std::mem::replace(&mut v.xlate.jumps_dirty[n], false) {
-            v.frame.xlate.jump_cache[n].fill(miss);
+    let caches = &mut v.frame.xlate.jump_cache;
+    v.xlate.jumps.retain(|j| {
+        let keep = match which {
+            Jumps::All => false,
+            Jumps::NonGlobal => j.global,
+            Jumps::Near(lin, shift) => (j.page ^ lin >> 12) >> shift != 0,
+        };
+        if !keep {
+            caches[usize::from(j.view)][usize::from(j.slot)] = miss;
         }
-    }
+        keep
+    });
 }
 
 /// True if a translation was made from any of these bytes of RAM.
@@ -605,7 +690,7 @@ pub fn drop_stale(v: &mut SoftVcpu, pages: Option<Vec<u64>>) {
         any |= v.xlate.cache.kill_page(p & !(PAGE_SIZE - 1));
     }
     if any {
-        forget_jumps(v);
+        forget_jumps(v, Jumps::All);
     }
 }
 
@@ -613,5 +698,5 @@ pub fn drop_stale(v: &mut SoftVcpu, pages: Option<Vec<u64>>) {
 pub fn drop_everything(v: &mut SoftVcpu) {
     v.xlate.cache.clear();
     v.xlate.must_poll.clear();
-    forget_jumps(v);
+    forget_jumps(v, Jumps::All);
 }

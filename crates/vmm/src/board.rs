@@ -96,7 +96,11 @@ pub mod low {
     /// MP floating pointer and configuration table.
     pub const MP_TABLE: u64 = 0xf_0000;
     /// Room for them in bytes.
-    pub const MP_TABLE_BYTES: u64 = 0x1_0000;
+    pub const MP_TABLE_BYTES: u64 = 0x8000;
+    /// SMBIOS entry points and tables.
+    pub const SMBIOS: u64 = 0xf_8000;
+    /// Room for them in bytes.
+    pub const SMBIOS_BYTES: u64 = 0x8000;
     /// First byte above the first megabyte.
     pub const END: u64 = 0x10_0000;
 }

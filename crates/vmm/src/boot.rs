@@ -24,6 +24,7 @@ mod lowmem;
 mod mptable;
 mod multiboot;
 mod pvh;
+pub mod smbios;
 
 #[cfg(test)]
 mod tests;
@@ -259,7 +260,7 @@ impl BootImage {
     }
 }
 
-/// What firmware programs into every processor: memory types, and on the first one the local
+/// What firmware programs into every processor: memory types, microcode, and on the first one the local
 /// interrupts that connect the PIC and NMI ("virtual wire mode", MultiProcessor Specification 1.4
 /// §3.6.2.2).
 pub fn firmware_registers(s: &mut CpuState, cpuid: &pyrite_engine::CpuidTable, bootstrap: bool) {
@@ -268,10 +269,16 @@ pub fn firmware_registers(s: &mut CpuState, cpuid: &pyrite_engine::CpuidTable, b
     /// Fixed-range and all MTRRs enabled. Intel SDM Vol. 3A §11.11.2.1.
     const ENABLE: u64 = 1 << 11 | 1 << 10;
     const VALID: u64 = 1 << 11;
+    /// "Genu", of "GenuineIntel".
+    const INTEL_EBX: u32 = 0x756e_6547;
     let bits = cpuid
         .get(0x8000_0008, 0)
         .map_or(36, |e| e.eax & 0xff)
         .clamp(32, 52);
+    // "All updates are applied": kernels compare the revision with the one that fixes an erratum,
+    // and errata are the host's affair. Intel keeps it in the upper half.
+    let intel = cpuid.get(0, 0).is_some_and(|e| e.ebx == INTEL_EBX);
+    s.msrs.bios_sign_id = u64::from(u32::MAX) << if intel { 32 } else { 0 };
     s.msrs.mtrr_def_type = ENABLE | WRITE_BACK;
     // Everything from 3 GiB to 4 GiB is devices.
     s.msrs.mtrr_var[0] = pyrite_mem::LOW_RAM_END | UNCACHEABLE;

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use pyrite_api::v1::{ConsoleKind, ForwardSpec, NetKind, Protocol, SpecError, VmSpec};
+use pyrite_api::v1::{ConsoleKind, NetKind, NetSpec, Protocol, SpecError, VmSpec};
 use pyrite_devices::acpi_pm::AcpiPm;
 use pyrite_devices::chipset::{Chipset, ChipsetConfig};
 use pyrite_devices::uart::NoSerial;
@@ -24,6 +24,9 @@ use pyrite_virtio::{
 
 use crate::engines::Engine;
 use crate::run::console::Console;
+
+#[cfg(test)]
+mod tests;
 
 /// First PCI slot of configured devices.
 const FIRST_SLOT: u8 = 1;
@@ -261,7 +264,7 @@ fn plug_devices(
         )?;
     }
     if spec.net.kind == NetKind::User {
-        let backend = user_network(&spec.net.forwards)?;
+        let backend = user_network(&spec.net)?;
         // Locally administered; one VM has one card.
         let mac = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
         slots.plug(
@@ -300,8 +303,9 @@ fn open_disk(path: &Path, read_only: bool) -> Result<Arc<dyn BlockBackend>, Stri
     Ok(Arc::new(disk))
 }
 
-fn user_network(forwards: &[ForwardSpec]) -> Result<Arc<dyn NetBackend>, AssemblyError> {
-    let forwards = forwards
+fn user_network(spec: &NetSpec) -> Result<Arc<dyn NetBackend>, AssemblyError> {
+    let forwards = spec
+        .forwards
         .iter()
         .map(|f| Forward {
             protocol: match f.protocol {
@@ -315,6 +319,7 @@ fn user_network(forwards: &[ForwardSpec]) -> Result<Arc<dyn NetBackend>, Assembl
         .collect();
     let config = UsernetConfig {
         forwards,
+        host_loopback: spec.host_loopback,
         ..UsernetConfig::default()
     };
     let net = Usernet::new(config).map_err(|e| input("net.forwards", e.to_string()))?;

@@ -205,6 +205,31 @@ pub struct BarSpaceError {
     size: u64,
 }
 
+/// Largest 64-bit BAR that is put below 4 GiB: 32 of these would fill the window.
+const LOW_BAR_BYTES: u64 = WINDOW32_BYTES / 32;
+
+/// Addresses that are handed out from below.
+struct Window {
+    next: u64,
+    end: u64,
+}
+
+impl Window {
+    fn new(start: u64, bytes: u64) -> Window {
+        Window {
+            next: start,
+            end: start + bytes,
+        }
+    }
+    /// The next `size` bytes, aligned to themselves.
+    fn take(&mut self, size: u64) -> Option<u64> {
+        let start = self.next.checked_next_multiple_of(size.max(1))?;
+        let end = start.checked_add(size).filter(|e| *e <= self.end)?;
+        self.next = end;
+        Some(start)
+    }
+}
+
 /// Gives addresses, largest first so that alignment wastes nothing.
 pub(super) fn assign(functions: &BTreeMap<u8, Function>) -> Result<(), BarSpaceError> {
     let mut bars: Vec<(u64, u8, u8, BarKind)> = Vec::new();
@@ -218,18 +243,19 @@ pub(super) fn assign(functions: &BTreeMap<u8, Function>) -> Result<(), BarSpaceE
         }
     }
     bars.sort_by_key(|(size, devfn, bar, _)| (std::cmp::Reverse(*size), *devfn, *bar));
-    let (mut io, mut low, mut high) = (WINDOW_IO_START, WINDOW32_START, WINDOW64_START);
+    let mut io = Window::new(WINDOW_IO_START, WINDOW_IO_BYTES);
+    let mut low = Window::new(WINDOW32_START, WINDOW32_BYTES);
+    let mut high = Window::new(WINDOW64_START, WINDOW64_BYTES);
     for (size, devfn, bar, kind) in bars {
-        let (next, end) = match kind {
-            BarKind::Io => (&mut io, WINDOW_IO_START + WINDOW_IO_BYTES),
-            BarKind::Mem32 => (&mut low, WINDOW32_START + WINDOW32_BYTES),
-            _ => (&mut high, WINDOW64_START + WINDOW64_BYTES),
+        let start = match kind {
+            BarKind::Io => io.take(size),
+            BarKind::Mem32 => low.take(size),
+            // A BAR that 32-bit guests can reach is one that all can. What is so large that 32-bit
+            // BARs might find no room after it goes up.
+            _ if size <= LOW_BAR_BYTES => low.take(size).or_else(|| high.take(size)),
+            _ => high.take(size),
         };
-        let start = next
-            .checked_next_multiple_of(size.max(1))
-            .filter(|s| s.checked_add(size).is_some_and(|e| e <= end))
-            .ok_or(BarSpaceError { devfn, bar, size })?;
-        *next = start + size;
+        let start = start.ok_or(BarSpaceError { devfn, bar, size })?;
         let Some(f) = functions.get(&devfn) else {
             continue;
         };

@@ -14,11 +14,14 @@ struct Scratch {
 }
 impl Scratch {
     fn plug(host: &PciHost, slot: u8, function: u8) -> Arc<Mutex<Scratch>> {
+        Scratch::plug_sized(host, slot, function, 0x1000)
+    }
+    fn plug_sized(host: &PciHost, slot: u8, function: u8, bar0: u64) -> Arc<Mutex<Scratch>> {
         let mut config = ConfigSpace::new(PciIds {
             vendor_id: 0xabcd,
             ..PciIds::default()
         });
-        config.add_bar(0, BarKind::Mem64, 0x1000);
+        config.add_bar(0, BarKind::Mem64, bar0);
         config.add_bar(2, BarKind::Mem32, 0x2000);
         config.add_bar(3, BarKind::Io, 0x40);
         config.set_intx(function & 3, host.intx_line(slot, function & 3).unwrap());
@@ -128,6 +131,20 @@ fn mechanism_1_and_ecam_show_the_same() {
     assert_eq!(b, [0xff; 2], "disabled");
 }
 
+/// Where the 64-bit BAR of the first of two [`Scratch`] functions goes.
+const BAR0: u64 = WINDOW32_START + 0x4000;
+
+#[test]
+fn only_large_bars_go_above_4_gib() {
+    // 32-bit kernels either cannot map what is there or, with PAE, map something else.
+    let r = rig();
+    let small = Scratch::plug(&r.host, 1, 0);
+    let large = Scratch::plug_sized(&r.host, 2, 0, 4 << 30);
+    r.host.assign_bars().unwrap();
+    assert!(lock(&small).bar_address(0).unwrap() < ECAM_START);
+    assert_eq!(lock(&large).bar_address(0), Some(WINDOW64_START));
+}
+
 #[test]
 fn assigned_bars_decode_and_follow_configuration_writes() {
     let r = rig();
@@ -137,7 +154,7 @@ fn assigned_bars_decode_and_follow_configuration_writes() {
     let at = |n| lock(&f).bar_address(n).unwrap();
     assert_eq!(
         (at(0), at(2), at(3)),
-        (WINDOW64_START, WINDOW32_START, WINDOW_IO_START)
+        (BAR0, WINDOW32_START, WINDOW_IO_START)
     );
     assert_eq!(r.read32(8, 0x3c) & 0xff, 17);
     r.memory.write(at(2) + 4, &[1, 2, 3]);
@@ -147,23 +164,19 @@ fn assigned_bars_decode_and_follow_configuration_writes() {
     assert_eq!(b[..2], [1, 2]);
     assert_eq!(
         *lock(&r.bells.0),
-        [
-            (8, vec![WINDOW64_START + 0x10]),
-            (16, vec![WINDOW64_START + 0x1010])
-        ]
+        [(8, vec![BAR0 + 0x10]), (16, vec![BAR0 + 0x1010])]
     );
-    r.memory
-        .write(ECAM_START + (1 << 15) + 0x10, &0x9000u32.to_le_bytes());
-    r.memory.read(WINDOW64_START + 4, &mut b);
+    r.memory.write(
+        ECAM_START + (1 << 15) + 0x10,
+        &(BAR0 as u32 + 0x9000).to_le_bytes(),
+    );
+    r.memory.read(BAR0 + 4, &mut b);
     assert_eq!(b, [0xff; 4], "moved away");
-    r.memory.read(WINDOW64_START + 0x9004, &mut b);
+    r.memory.read(BAR0 + 0x9004, &mut b);
     assert_eq!(b[..3], [1, 2, 3]);
-    assert_eq!(
-        lock(&r.bells.0).last(),
-        Some(&(8, vec![WINDOW64_START + 0x9010]))
-    );
+    assert_eq!(lock(&r.bells.0).last(), Some(&(8, vec![BAR0 + 0x9010])));
     r.memory.write(ECAM_START + (1 << 15) + 4, &[0]);
-    r.memory.read(WINDOW64_START + 0x9004, &mut b);
+    r.memory.read(BAR0 + 0x9004, &mut b);
     assert_eq!(b, [0xff; 4], "decoding is off");
     assert_eq!(lock(&r.bells.0).last(), Some(&(8, vec![])));
 }
@@ -175,8 +188,8 @@ fn overlapping_and_stray_bars_do_not_decode() {
     let g = Scratch::plug(&r.host, 2, 0);
     r.host.assign_bars().unwrap();
     r.memory
-        .write(ECAM_START + (2 << 15) + 0x10, &0u32.to_le_bytes());
-    r.memory.write(WINDOW64_START, &[9]);
+        .write(ECAM_START + (2 << 15) + 0x10, &(BAR0 as u32).to_le_bytes());
+    r.memory.write(BAR0, &[9]);
     assert_eq!(lock(&g).cells[0], 0, "the lower function keeps the range");
     r.memory
         .write(ECAM_START + (2 << 15) + 0x18, &0xfee0_0000u32.to_le_bytes());

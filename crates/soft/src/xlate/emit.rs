@@ -24,6 +24,13 @@ pub struct Emitter {
     fixups: Vec<(usize, Label)>,
 }
 
+/// One encoded instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct Encoded {
+    bytes: [u8; 16],
+    len: usize,
+}
+
 /// An address as LEA takes it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Address {
@@ -36,15 +43,23 @@ pub struct Address {
 }
 
 impl Emitter {
-    /// An empty buffer whose first byte will execute at `base`.
-    pub fn new(base: u64) -> Emitter {
+    /// An empty buffer.
+    pub fn new() -> Emitter {
         Emitter {
-            code: Vec::with_capacity(2048),
+            code: Vec::with_capacity(4096),
             enc: Encoder::new(64),
-            base,
+            base: 0,
             labels: Vec::new(),
             fixups: Vec::new(),
         }
+    }
+
+    /// Empties the buffer; its first byte will execute at `base`.
+    pub fn restart(&mut self, base: u64) {
+        self.code.clear();
+        self.labels.clear();
+        self.fixups.clear();
+        self.base = base;
     }
 
     /// Bytes so far.
@@ -70,14 +85,14 @@ impl Emitter {
         l
     }
 
-    /// Resolves all jumps and returns the code.
-    pub fn finish(mut self) -> Vec<u8> {
-        for (at, l) in std::mem::take(&mut self.fixups) {
+    /// Resolves all jumps.
+    pub fn finish(&mut self) -> &[u8] {
+        for (at, l) in self.fixups.drain(..) {
             let to = self.labels[l.0].unwrap_or(at + 4);
             let rel = (to as i64 - (at as i64 + 4)) as i32;
             self.code[at..at + 4].copy_from_slice(&rel.to_le_bytes());
         }
-        self.code
+        &self.code
     }
 
     /// Offset of a bound label.
@@ -93,21 +108,29 @@ impl Emitter {
         self.bytes(&v.to_le_bytes());
     }
 
-    /// Encodes a (rewritten) instruction; false if it has no 64-bit encoding.
-    pub fn insn(&mut self, i: &Instruction) -> bool {
-        match self.enc.encode(i, self.base + self.code.len() as u64) {
-            Ok(_) => {
-                let b = self.enc.take_buffer();
-                self.bytes(&b);
-                self.enc.set_buffer(b_cleared(b));
-                true
-            }
-            Err(_) => {
-                let b = self.enc.take_buffer();
-                self.enc.set_buffer(b_cleared(b));
-                false
-            }
+    /// Encodes a (rewritten) instruction without adding it; `None` if it has no 64-bit encoding.
+    /// It must not address memory relative to RIP.
+    pub fn encode(&mut self, i: &Instruction) -> Option<Encoded> {
+        let ok = self.enc.encode(i, self.base).is_ok();
+        let mut b = self.enc.take_buffer();
+        let mut out = Encoded {
+            bytes: [0; 16],
+            len: 0,
+        };
+        let fits = ok && b.len() <= out.bytes.len();
+        if fits {
+            out.bytes[..b.len()].copy_from_slice(&b);
+            out.len = b.len();
         }
+        // The encoder's buffer keeps its allocation.
+        b.clear();
+        self.enc.set_buffer(b);
+        fits.then_some(out)
+    }
+
+    /// Adds an encoded instruction.
+    pub fn add(&mut self, i: &Encoded) {
+        self.code.extend_from_slice(&i.bytes[..i.len]);
     }
 
     fn rex(w: bool, r: u8, x: u8, b: u8) -> u8 {
@@ -335,10 +358,6 @@ impl Emitter {
         self.bytes(&[Self::rex(true, 0, 0, reg), 0x81, 0xf8 | reg & 7]);
         self.u32(imm as u32);
     }
-    /// `cmp a, b` (64 bit).
-    pub fn cmp(&mut self, a: u8, b: u8) {
-        self.bytes(&[Self::rex(true, b, 0, a), 0x39, 0xc0 | (b & 7) << 3 | a & 7]);
-    }
     /// `shr reg32, n`.
     pub fn shr32(&mut self, reg: u8, n: u8) {
         self.bytes(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe8 | reg & 7, n]);
@@ -396,10 +415,4 @@ impl Emitter {
         self.bytes(&[0x04, 0x7f, 0x9e]); // add al, 7fh; sahf
         self.load(0, gpr(0));
     }
-}
-
-/// Gives a buffer back empty, keeping its allocation.
-fn b_cleared(mut b: Vec<u8>) -> Vec<u8> {
-    b.clear();
-    b
 }

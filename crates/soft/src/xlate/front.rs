@@ -24,7 +24,9 @@ use iced_x86::{
     Register, RflagsBits,
 };
 
-use self::classify::{Fpu, fpu_kind, is_hint, may_keep_flags, stack_op, uses_mask, uses_vector};
+use self::classify::{
+    Fpu, ends_block, fpu_kind, is_hint, may_keep_flags, stack_op, uses_mask, uses_vector,
+};
 use super::cache::{Block, BlockKey, Exit};
 use super::emit::{Address, Emitter, Label, T0, T1};
 use super::layout::{self, reason};
@@ -50,8 +52,8 @@ pub struct HostFeatures {
 }
 
 /// What a translation produced.
-pub struct Translated {
-    pub code: Vec<u8>,
+pub struct Translated<'a> {
+    pub code: &'a [u8],
     pub block: Block,
     pub exits: Vec<Exit>,
 }
@@ -99,16 +101,38 @@ struct Decoded {
     i: Instruction,
     /// Arithmetic flags that are live before it.
     live: u32,
+    /// It is left to the interpreter.
+    refused: bool,
 }
 
-pub struct Front<'a> {
+/// Buffers that live from block to block.
+pub struct Tools {
     e: Emitter,
-    key: BlockKey,
-    options: &'a SoftOptions,
-    host: HostFeatures,
     info: InstructionInfoFactory,
     cold: Vec<Cold>,
     exits: Vec<(Exit, Label, usize)>,
+    list: Vec<Decoded>,
+}
+
+impl Tools {
+    /// Empty buffers.
+    pub fn new() -> Tools {
+        Tools {
+            e: Emitter::new(),
+            info: InstructionInfoFactory::new(),
+            cold: Vec::new(),
+            exits: Vec::new(),
+            list: Vec::new(),
+        }
+    }
+}
+
+/// The translation of one block.
+pub struct Front<'a> {
+    t: &'a mut Tools,
+    key: BlockKey,
+    options: &'a SoftOptions,
+    host: HostFeatures,
     first_exit: u32,
     fpu_ready: bool,
     code64: bool,
@@ -157,6 +181,7 @@ impl<'a> Front<'a> {
     /// Translates the block at `bytes` (from the block's first byte to the end of its page), which
     /// will execute at `base`. `first_exit` is the index its first exit will get.
     pub fn translate(
+        tools: &'a mut Tools,
         bytes: &[u8],
         key: BlockKey,
         base: u64,
@@ -165,28 +190,28 @@ impl<'a> Front<'a> {
         allows: &dyn Fn(&Instruction) -> bool,
         options: &'a SoftOptions,
         host: HostFeatures,
-    ) -> Translated {
-        let code64 = key.mode & mode::CODE64 != 0;
+    ) -> Translated<'a> {
+        tools.e.restart(base);
+        tools.cold.clear();
+        tools.exits.clear();
         let mut f = Front {
-            e: Emitter::new(base),
+            t: tools,
             key,
             options,
             host,
-            info: InstructionInfoFactory::new(),
-            cold: Vec::new(),
-            exits: Vec::new(),
             first_exit,
             fpu_ready: false,
-            code64,
+            code64: key.mode & mode::CODE64 != 0,
             view: (key.mode & mode::VIEW) as usize,
         };
-        let list = f.decode(bytes, allows);
+        let mut list = std::mem::take(&mut f.t.list);
+        f.decode(bytes, allows, &mut list);
         let (entry, checked, polls) = f.prologue(&list, force_poll);
-        let mut map = Vec::with_capacity(list.len());
+        let mut map = Vec::with_capacity(list.len().max(1));
         let mut ended = false;
         let mut next_rip = key.rip;
         for d in &list {
-            map.push((f.e.len() as u32, (d.i.ip() - key.rip) as u16));
+            map.push((f.t.e.len() as u32, (d.i.ip() - key.rip) as u16));
             next_rip = f.wrap_ip(d.i.next_ip());
             if f.one(d) {
                 ended = true;
@@ -195,60 +220,37 @@ impl<'a> Front<'a> {
         }
         if list.is_empty() {
             // The first instruction reaches into the next page or does not decode.
-            map.push((f.e.len() as u32, 0));
+            map.push((f.t.e.len() as u32, 0));
             f.interpret_at(key.rip);
         } else if !ended {
             f.direct_exit(next_rip);
         }
         f.emit_cold();
-        let refused = |d: &Decoded| d.i.code() == Code::INVALID || f.refuses(&d.i);
-        let first = list.first().is_none_or(refused);
-        f.finish(
-            list.len() as u32,
-            next_rip,
-            map,
-            entry,
-            checked,
-            polls,
-            first,
-        )
-    }
-
-    fn finish(
-        self,
-        insns: u32,
-        next_rip: u64,
-        map: Vec<(u32, u16)>,
-        entry: Label,
-        checked: Label,
-        polls: bool,
-        interpret_first: bool,
-    ) -> Translated {
-        let exits = self
-            .exits
-            .iter()
-            .map(|(x, stub, at)| Exit {
-                patch_at: *at as u32,
-                stub_at: self.e.offset_of(*stub) as u32,
-                ..x.clone()
-            })
-            .collect();
         let block = Block {
-            key: self.key,
-            entry: self.e.offset_of(entry) as u32,
-            checked_entry: self.e.offset_of(checked) as u32,
+            key,
+            entry: f.t.e.offset_of(entry) as u32,
+            checked_entry: f.t.e.offset_of(checked) as u32,
             start: 0,
-            end: self.e.len() as u32,
-            guest_len: next_rip.wrapping_sub(self.key.rip).clamp(1, 4096) as u32,
-            insns: insns.max(1),
+            end: f.t.e.len() as u32,
+            guest_len: next_rip.wrapping_sub(key.rip).clamp(1, 4096) as u32,
+            insns: list.len().max(1) as u32,
             map,
             incoming: Vec::new(),
-            interpret_first,
+            interpret_first: list.first().is_none_or(|d| {
+                d.refused && (d.i.flow_control() != FlowControl::Next || ends_block(&d.i))
+            }),
             polls,
             dead: false,
         };
+        let exits = f.t.exits.iter().map(|(x, stub, at)| Exit {
+            patch_at: *at as u32,
+            stub_at: f.t.e.offset_of(*stub) as u32,
+            ..x.clone()
+        });
+        let exits = exits.collect();
+        f.t.list = list;
         Translated {
-            code: self.e.finish(),
+            code: f.t.e.finish(),
             block,
             exits,
         }
@@ -259,46 +261,50 @@ impl<'a> Front<'a> {
     }
 
     /// Decodes up to the first instruction that ends the block, then computes flag liveness.
-    fn decode(&mut self, bytes: &[u8], allows: &dyn Fn(&Instruction) -> bool) -> Vec<Decoded> {
+    fn decode(
+        &mut self,
+        bytes: &[u8],
+        allows: &dyn Fn(&Instruction) -> bool,
+        list: &mut Vec<Decoded>,
+    ) {
         let bits = if self.code64 { 64 } else { 32 };
         let mut dec = Decoder::with_ip(bits, bytes, self.key.rip, self.host.decoder);
-        let mut list = Vec::new();
+        list.clear();
         while list.len() < self.options.block_insns_max && dec.can_decode() {
             let i = dec.decode();
             if i.is_invalid() {
                 // Undefined, or cut off by the end of the page: the interpreter knows.
                 break;
             }
-            let ends = i.flow_control() != FlowControl::Next || !allows(&i) || self.refuses(&i);
-            list.push(Decoded { i, live: 0 });
+            let refused = !allows(&i) || self.refuses(&i);
+            let ends = i.flow_control() != FlowControl::Next || (refused && ends_block(&i));
+            list.push(Decoded {
+                i,
+                live: 0,
+                refused,
+            });
             if ends {
                 break;
             }
         }
         let mut live = ARITH;
         for d in list.iter_mut().rev() {
-            let i = &d.i;
-            if !allows(i) || self.refuses(i) {
+            if d.refused {
                 live = ARITH;
             } else {
-                let kills = if may_keep_flags(i) {
+                let kills = if may_keep_flags(&d.i) {
                     0
                 } else {
-                    i.rflags_modified() & ARITH
+                    d.i.rflags_modified() & ARITH
                 };
-                live = (live & !kills) | (i.rflags_read() & ARITH);
+                live = (live & !kills) | (d.i.rflags_read() & ARITH);
             }
             d.live = if self.options.precise_flags {
                 ARITH
             } else {
                 live
             };
-            if !allows(i) {
-                // Marked for the interpreter by an impossible code.
-                d.i.set_code(Code::INVALID);
-            }
         }
-        list
     }
 
     /// True for instructions that this translator leaves to the interpreter.
@@ -307,7 +313,7 @@ impl<'a> Front<'a> {
         if flags::handles(i, self.key.mode) {
             return false;
         }
-        if i.code() == Code::INVALID || i.is_privileged() || i.is_string_instruction() {
+        if i.is_privileged() || i.is_string_instruction() {
             return true;
         }
         // A NOP or undefined, by vendor.
@@ -374,7 +380,7 @@ impl<'a> Front<'a> {
         let explicit = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
         if !explicit {
             // Implicit memory operands (pushes, strings) are not plain computation.
-            return !self.info.info(i).used_memory().is_empty();
+            return !self.t.info.info(i).used_memory().is_empty();
         }
         let bit_string = matches!(
             m,
@@ -384,7 +390,7 @@ impl<'a> Front<'a> {
         if bit_string || i.is_vsib() || !self.plain_memory(i) {
             return true;
         }
-        let mem = self.info.info(i).used_memory().to_vec();
+        let mem = self.t.info.info(i).used_memory().to_vec();
         match mem.as_slice() {
             [] => m != Mnemonic::Lea && !is_hint(m),
             [one] => {
@@ -452,12 +458,12 @@ impl<'a> Front<'a> {
     fn prologue(&mut self, list: &[Decoded], force_poll: bool) -> (Label, Label, bool) {
         let live = list.first().is_none_or(|d| d.live != 0);
         let rip = self.key.rip;
-        let checked = self.e.here();
+        let checked = self.t.e.here();
         if live {
             // Flag-free: RCX = (R10 - RIP) + exit request, zero if all is well.
-            self.e.store(layout::SAVE_RCX, 1);
-            self.e.mov_imm(1, rip.wrapping_neg());
-            self.e.lea(
+            self.t.e.store(layout::SAVE_RCX, 1);
+            self.t.e.mov_imm(1, rip.wrapping_neg());
+            self.t.e.lea(
                 1,
                 Address {
                     base: Some(1),
@@ -466,8 +472,8 @@ impl<'a> Front<'a> {
                 },
                 true,
             );
-            self.e.load32(T1, layout::EXIT_REQUEST);
-            self.e.lea(
+            self.t.e.load32(T1, layout::EXIT_REQUEST);
+            self.t.e.lea(
                 1,
                 Address {
                     base: Some(1),
@@ -476,17 +482,17 @@ impl<'a> Front<'a> {
                 },
                 true,
             );
-            self.e.jrcxz_over(|e| {
+            self.t.e.jrcxz_over(|e| {
                 e.load(1, layout::SAVE_RCX);
                 e.jmp_frame(layout::STUB_MISS);
             });
-            self.e.load(1, layout::SAVE_RCX);
+            self.t.e.load(1, layout::SAVE_RCX);
         } else {
             // Flag-free as well: another block's jump may arrive here by a collision in the
             // jump cache, and the flags may be live where it really goes.
-            self.e.mov(T1, 1, true);
-            self.e.mov_imm(1, rip.wrapping_neg());
-            self.e.lea(
+            self.t.e.mov(T1, 1, true);
+            self.t.e.mov_imm(1, rip.wrapping_neg());
+            self.t.e.lea(
                 1,
                 Address {
                     base: Some(1),
@@ -495,27 +501,27 @@ impl<'a> Front<'a> {
                 },
                 true,
             );
-            self.e.jrcxz_over(|e| {
+            self.t.e.jrcxz_over(|e| {
                 e.mov(1, T1, true);
                 e.jmp_frame(layout::STUB_MISS);
             });
-            self.e.mov(1, T1, true);
+            self.t.e.mov(1, T1, true);
         }
-        let entry = self.e.here();
-        let at = self.e.label();
+        let entry = self.t.e.here();
+        let at = self.t.e.label();
         if !live {
-            self.e.cmp_frame32_zero(layout::EXIT_REQUEST);
-            self.e.jcc(5, at);
-            self.cold.push(Cold::Poll { at, rip });
+            self.t.e.cmp_frame32_zero(layout::EXIT_REQUEST);
+            self.t.e.jcc(5, at);
+            self.t.cold.push(Cold::Poll { at, rip });
         } else if force_poll {
-            self.e.store(layout::SAVE_RCX, 1);
-            self.e.load32(1, layout::EXIT_REQUEST);
-            self.e.jrcxz_over(|e| {
+            self.t.e.store(layout::SAVE_RCX, 1);
+            self.t.e.load32(1, layout::EXIT_REQUEST);
+            self.t.e.jrcxz_over(|e| {
                 e.load(1, layout::SAVE_RCX);
                 e.jmp(at);
             });
-            self.e.load(1, layout::SAVE_RCX);
-            self.cold.push(Cold::Poll { at, rip });
+            self.t.e.load(1, layout::SAVE_RCX);
+            self.t.cold.push(Cold::Poll { at, rip });
         }
         (entry, checked, !live || force_poll)
     }
@@ -523,7 +529,11 @@ impl<'a> Front<'a> {
     /// Emits one instruction. True if it ended the block.
     fn one(&mut self, d: &Decoded) -> bool {
         let i = &d.i;
-        if i.code() == Code::INVALID || self.refuses(i) {
+        if d.refused && i.flow_control() == FlowControl::Next && !ends_block(i) {
+            self.interpret_in_place(i);
+            return false;
+        }
+        if d.refused {
             self.interpret_at(i.ip());
             return true;
         }
@@ -554,9 +564,18 @@ impl<'a> Front<'a> {
 
     /// Leaves for the interpreter at `rip`.
     fn interpret_at(&mut self, rip: u64) {
-        self.e.store_imm64(layout::RIP, rip, T0);
-        self.e.store_imm32(layout::REASON, reason::INTERPRET);
-        self.e.jmp_frame(layout::STUB_EXIT);
+        self.t.e.store_imm64(layout::RIP, rip, T0);
+        self.t.e.store_imm32(layout::REASON, reason::INTERPRET);
+        self.t.e.jmp_frame(layout::STUB_EXIT);
+    }
+
+    /// Has the interpreter do one instruction and goes on with the next.
+    fn interpret_in_place(&mut self, i: &Instruction) {
+        let next = self.wrap_ip(i.next_ip());
+        self.t.e.store_imm64(layout::RIP, i.ip(), T0);
+        self.t.e.store_imm64(layout::EXPECTED, next, T0);
+        self.t.e.store_imm32(layout::MODE, self.key.mode);
+        self.t.e.call_frame(layout::STUB_STEP);
     }
 
     /// Makes sure that the guest's vector state is in the host's registers.
@@ -565,21 +584,21 @@ impl<'a> Front<'a> {
             return;
         }
         if flags_live {
-            self.e.store(layout::SAVE_RCX, 1);
-            self.e.load32(1, layout::FPU_LIVE);
-            self.e.unless_rcxz(|e| e.call_frame(layout::STUB_FPU));
-            self.e.load(1, layout::SAVE_RCX);
+            self.t.e.store(layout::SAVE_RCX, 1);
+            self.t.e.load32(1, layout::FPU_LIVE);
+            self.t.e.unless_rcxz(|e| e.call_frame(layout::STUB_FPU));
+            self.t.e.load(1, layout::SAVE_RCX);
         } else {
-            let (at, back) = (self.e.label(), self.e.label());
-            self.e.cmp_frame32_zero(layout::FPU_LIVE);
-            self.e.jcc(4, at);
-            self.e.bind(back);
-            self.cold.push(Cold::FpuLoad { at, back });
+            let (at, back) = (self.t.e.label(), self.t.e.label());
+            self.t.e.cmp_frame32_zero(layout::FPU_LIVE);
+            self.t.e.jcc(4, at);
+            self.t.e.bind(back);
+            self.t.cold.push(Cold::FpuLoad { at, back });
         }
     }
 
     fn emit_cold(&mut self) {
-        for c in std::mem::take(&mut self.cold) {
+        for c in std::mem::take(&mut self.t.cold) {
             match c {
                 Cold::Slow {
                     at,
@@ -588,48 +607,49 @@ impl<'a> Front<'a> {
                     desc,
                     rip,
                 } => {
-                    self.e.bind(at);
-                    self.e.table_op(0x33, T0, tags); // T0 = linear address again
-                    self.e.store_imm64(layout::RIP, rip, T1);
-                    self.e.mov_imm(T1, u64::from(desc));
-                    self.e.call_frame(layout::STUB_SLOW);
-                    self.e.jmp(retry);
+                    self.t.e.bind(at);
+                    self.t.e.table_op(0x33, T0, tags); // T0 = linear address again
+                    self.t.e.store_imm64(layout::RIP, rip, T1);
+                    self.t.e.mov_imm(T1, u64::from(desc));
+                    self.t.e.call_frame(layout::STUB_SLOW);
+                    self.t.e.jmp(retry);
                 }
                 Cold::Poll { at, rip } => {
-                    self.e.bind(at);
-                    self.e.store_imm64(layout::RIP, rip, T0);
-                    self.e.store_imm32(layout::REASON, reason::POLL);
-                    self.e.jmp_frame(layout::STUB_EXIT);
+                    self.t.e.bind(at);
+                    self.t.e.store_imm64(layout::RIP, rip, T0);
+                    self.t.e.store_imm32(layout::REASON, reason::POLL);
+                    self.t.e.jmp_frame(layout::STUB_EXIT);
                 }
                 Cold::FpuLoad { at, back } => {
-                    self.e.bind(at);
-                    self.e.call_frame(layout::STUB_FPU);
-                    self.e.jmp(back);
+                    self.t.e.bind(at);
+                    self.t.e.call_frame(layout::STUB_FPU);
+                    self.t.e.jmp(back);
                 }
                 Cold::ExitStub { at, exit } => {
-                    self.e.bind(at);
-                    let target = self.exits[exit].0.target;
-                    self.e.store_imm64(layout::RIP, target, T0);
-                    self.e.store_imm32(layout::REASON, reason::LINK);
-                    self.e
+                    self.t.e.bind(at);
+                    let target = self.t.exits[exit].0.target;
+                    self.t.e.store_imm64(layout::RIP, target, T0);
+                    self.t.e.store_imm32(layout::REASON, reason::LINK);
+                    self.t
+                        .e
                         .store_imm32(layout::LINK, self.first_exit + exit as u32);
-                    self.e.jmp_frame(layout::STUB_EXIT);
+                    self.t.e.jmp_frame(layout::STUB_EXIT);
                 }
                 Cold::JumpFar { at, target } => {
-                    self.e.bind(at);
+                    self.t.e.bind(at);
                     self.far_jump(target);
                 }
                 Cold::Waiting { at, rip, shadow } => {
-                    self.e.bind(at);
+                    self.t.e.bind(at);
                     if shadow {
-                        self.e.store_imm8(layout::SHADOW, 1);
+                        self.t.e.store_imm8(layout::SHADOW, 1);
                     }
-                    self.e.store_imm64(layout::RIP, rip, T0);
-                    self.e.store_imm32(layout::REASON, reason::POLL);
-                    self.e.jmp_frame(layout::STUB_EXIT);
+                    self.t.e.store_imm64(layout::RIP, rip, T0);
+                    self.t.e.store_imm32(layout::REASON, reason::POLL);
+                    self.t.e.jmp_frame(layout::STUB_EXIT);
                 }
                 Cold::Interpret { at, rip } => {
-                    self.e.bind(at);
+                    self.t.e.bind(at);
                     self.interpret_at(rip);
                 }
             }

@@ -53,6 +53,14 @@ pub struct FrameArea {
     pub stub_slow: u64,
     /// See `stub_exit`.
     pub stub_fpu: u64,
+    /// See `stub_exit`.
+    pub stub_step: u64,
+    /// RIP after the instruction that `stub_step` runs, if the block is to go on.
+    pub expected: u64,
+    /// Mode word of the block that runs.
+    pub mode: u32,
+    /// Keeps the layout explicit.
+    pub reserved1: u32,
     /// The owning `SoftVcpu`, while it runs.
     pub vcpu: u64,
     /// MXCSR that Rust code expects.
@@ -73,6 +81,8 @@ pub mod reason {
     pub const POLL: u32 = 3;
     /// The instruction at RIP needs the interpreter.
     pub const INTERPRET: u32 = 4;
+    /// An instruction was interpreted in place and the block cannot go on.
+    pub const STEPPED: u32 = 6;
     /// A host signal: `FrameArea::fault_rip` tells where.
     pub const SIGNAL: u32 = 5;
 }
@@ -109,6 +119,9 @@ pub const STUB_EXIT: usize = X + offset_of!(FrameArea, stub_exit);
 pub const STUB_MISS: usize = X + offset_of!(FrameArea, stub_miss);
 pub const STUB_SLOW: usize = X + offset_of!(FrameArea, stub_slow);
 pub const STUB_FPU: usize = X + offset_of!(FrameArea, stub_fpu);
+pub const STUB_STEP: usize = X + offset_of!(FrameArea, stub_step);
+pub const EXPECTED: usize = X + offset_of!(FrameArea, expected);
+pub const MODE: usize = X + offset_of!(FrameArea, mode);
 pub const MXCSR_HOST: usize = X + offset_of!(FrameArea, mxcsr_host);
 
 /// Offset of a view's jump cache.

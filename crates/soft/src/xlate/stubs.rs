@@ -215,6 +215,90 @@ pub unsafe extern "sysv64" fn slow() {
     )
 }
 
+/// Runs the instruction at the RIP in the frame in the interpreter, without leaving the block.
+/// Called with `FrameArea::expected` = the RIP that must come out for the block to go on; any
+/// other outcome leaves translated code.
+///
+/// # Safety
+/// Only from translated code, by CALL.
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn step() {
+    naked_asm!(
+        "mov [rsp + 8 + {rax}], rax",
+        "lahf",
+        "seto al",
+        "mov [rsp + 8 + {flags}], rax",
+        "mov [rsp + 8 + {rcx}], rcx",
+        "mov [rsp + 8 + {rdx}], rdx",
+        "mov [rsp + 8 + {rbx}], rbx",
+        "mov [rsp + 8 + {rsp}], r15",
+        "mov [rsp + 8 + {rbp}], rbp",
+        "mov [rsp + 8 + {rsi}], rsi",
+        "mov [rsp + 8 + {rdi}], rdi",
+        "mov [rsp + 8 + {r8}], r8",
+        "mov [rsp + 8 + {r9}], r9",
+        "mov [rsp + 8 + {r12}], r12",
+        "mov [rsp + 8 + {r13}], r13",
+        "mov [rsp + 8 + {r14}], r14",
+        "cmp dword ptr [rsp + 8 + {live}], 0",
+        "je 3f",
+        "mov eax, [rsp + 8 + {mask}]",
+        "xor edx, edx",
+        "xsave64 [rsp + 8 + {xsave}]",
+        "ldmxcsr [rsp + 8 + {mxcsr}]",
+        "3:",
+        "lea rbx, [rsp + 8]",
+        "mov rdi, rbx",
+        "mov rsp, [rbx + {host_rsp}]",
+        "call {step_in_place}",
+        "test eax, eax",
+        "jnz 5f",
+        "lea rsp, [rbx - 8]",
+        "cmp dword ptr [rsp + 8 + {live}], 0",
+        "je 4f",
+        "mov eax, [rsp + 8 + {mask}]",
+        "xor edx, edx",
+        "xrstor64 [rsp + 8 + {xsave}]",
+        "4:",
+        "mov rax, [rsp + 8 + {flags}]",
+        "add al, 0x7f",
+        "sahf",
+        "mov rcx, [rsp + 8 + {rcx}]",
+        "mov rdx, [rsp + 8 + {rdx}]",
+        "mov rbx, [rsp + 8 + {rbx}]",
+        "mov r15, [rsp + 8 + {rsp}]",
+        "mov rbp, [rsp + 8 + {rbp}]",
+        "mov rsi, [rsp + 8 + {rsi}]",
+        "mov rdi, [rsp + 8 + {rdi}]",
+        "mov r8, [rsp + 8 + {r8}]",
+        "mov r9, [rsp + 8 + {r9}]",
+        "mov r12, [rsp + 8 + {r12}]",
+        "mov r13, [rsp + 8 + {r13}]",
+        "mov r14, [rsp + 8 + {r14}]",
+        "mov rax, [rsp + 8 + {rax}]",
+        "ret",
+        "5:",
+        "mov dword ptr [rbx + {live}], 0",
+        "mov rsp, [rbx + {host_rsp}]",
+        "add rsp, 8",
+        "pop r15",
+        "pop r14",
+        "pop r13",
+        "pop r12",
+        "pop rbp",
+        "pop rbx",
+        "ret",
+        host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS,
+        live = const layout::FPU_LIVE, mask = const layout::XSAVE_MASK,
+        xsave = const layout::XSAVE, mxcsr = const layout::MXCSR_HOST,
+        step_in_place = sym super::step_in_place,
+        rax = const gpr(0), rcx = const gpr(1), rdx = const gpr(2), rbx = const gpr(3),
+        rsp = const gpr(4), rbp = const gpr(5), rsi = const gpr(6), rdi = const gpr(7),
+        r8 = const gpr(8), r9 = const gpr(9), r12 = const gpr(12), r13 = const gpr(13),
+        r14 = const gpr(14),
+    )
+}
+
 /// Loads the guest's vector and x87 state into the host's registers. Keeps everything else,
 /// flags included.
 ///

@@ -290,12 +290,11 @@ fn osc() -> Vec<u8> {
     ))
 }
 
-/// Ports and memory that belong to the board: nothing else may be placed there.
+/// Ports and memory that belong to the board: nothing else may be placed there. What the MADT and
+/// the host bridge (which includes the reset register) name is not repeated.
 fn motherboard() -> Vec<u8> {
     let resources = crs(vec![
         &Memory32Fixed::new(true, ECAM_START as u32, ECAM_BYTES as u32) as &dyn Aml,
-        &Memory32Fixed::new(true, IOAPIC_ADDR, 0x1000),
-        &Memory32Fixed::new(true, LAPIC_ADDR, 0x10_0000),
         &IO::new(0x20, 0x20, 1, 2),
         &IO::new(0xa0, 0xa0, 1, 2),
         &IO::new(0x40, 0x40, 1, 4),
@@ -304,7 +303,6 @@ fn motherboard() -> Vec<u8> {
         &IO::new(0x4d0, 0x4d0, 1, 2),
         &IO::new(0x510, 0x510, 1, 12),
         &IO::new(PM1A_EVT_PORT, PM1A_EVT_PORT, 1, 0x40),
-        &IO::new(RESET_PORT, RESET_PORT, 1, 1),
     ]);
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0C02"));
     let uid = Name::new("_UID".into(), &aml::ONE);

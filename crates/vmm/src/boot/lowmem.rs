@@ -1,8 +1,8 @@
-//! What firmware leaves in the first megabyte: BIOS data area, EBDA, ACPI and MP tables.
+//! What firmware leaves in the first megabyte: BIOS data area, EBDA, ACPI, MP and SMBIOS tables.
 
 use pyrite_mem::GuestMemory;
 
-use super::{BootError, BootInput, acpi, mptable, write};
+use super::{BootError, BootInput, acpi, mptable, smbios, write};
 use crate::board::low;
 
 /// Smallest memory that direct boot can work with.
@@ -27,6 +27,13 @@ pub(super) fn write_tables(memory: &GuestMemory, vcpus: u32) -> Result<u64, Boot
     write(memory, low::ACPI, &tables, BootInput::Memory)?;
     let mp = mptable::build(low::MP_TABLE, vcpus);
     write(memory, low::MP_TABLE, &mp, BootInput::Memory)?;
+    let ram: Vec<(u64, u64)> = memory
+        .regions()
+        .iter()
+        .map(|r| (r.gpa, r.size_bytes))
+        .collect();
+    let smbios = smbios::build(low::SMBIOS, &smbios::Facts { vcpus, ram: &ram });
+    write(memory, low::SMBIOS, &smbios, BootInput::Memory)?;
     Ok(low::ACPI)
 }
 

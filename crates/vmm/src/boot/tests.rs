@@ -6,7 +6,7 @@ use pyrite_x86::bits::{cr0, efer};
 use pyrite_x86::state::gpr;
 
 use super::e820::{RangeKind, memory_map};
-use super::{BootError, BootFile, BootImage, BootInput, KernelFormat, acpi, mptable};
+use super::{BootError, BootFile, BootImage, BootInput, KernelFormat, acpi, mptable, smbios};
 use crate::board::low;
 
 const MIB: u64 = 1 << 20;
@@ -129,6 +129,42 @@ fn assert_sums_to_zero(table: &[u8]) {
 fn acpi_tables_are_the_golden_board() {
     check_golden("acpi-1.hex", &acpi::build(low::ACPI, 1));
     check_golden("acpi-4.hex", &acpi::build(low::ACPI, 4));
+}
+
+#[test]
+fn smbios_tables_are_the_golden_board() {
+    let facts = smbios::Facts {
+        vcpus: 4,
+        ram: &[(0, 3 << 30), (4 << 30, 2 << 40)],
+    };
+    check_golden("smbios-4.hex", &smbios::build(low::SMBIOS, &facts));
+}
+
+#[test]
+fn smbios_tables_are_found_and_walk_to_their_end() {
+    let facts = smbios::Facts {
+        vcpus: 1024,
+        ram: &[(0, 512 << 20)],
+    };
+    let t = smbios::build(low::SMBIOS, &facts);
+    assert!(t.len() as u64 <= low::SMBIOS_BYTES);
+    let sum = |b: &[u8]| b.iter().fold(0u8, |s, x| s.wrapping_add(*x));
+    assert!(t.starts_with(b"_SM_") && t[0x20..].starts_with(b"_SM3_"));
+    assert_eq!((sum(&t[..31]), sum(&t[16..31]), sum(&t[32..56])), (0, 0, 0));
+    let mut s = &t[0x40..];
+    let mut kinds = Vec::new();
+    while !s.is_empty() {
+        kinds.push(s[0]);
+        let strings = &s[usize::from(s[1])..];
+        let end = strings.windows(2).position(|w| w == [0, 0]).unwrap();
+        s = &strings[end + 2..];
+    }
+    assert_eq!(kinds, [0, 1, 3, 4, 16, 17, 19, 32, 127]);
+    assert_eq!(
+        u16::from_le_bytes([t[28], t[29]]),
+        9,
+        "number of structures"
+    );
 }
 
 #[test]

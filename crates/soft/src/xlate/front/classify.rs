@@ -2,6 +2,30 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
+/// True for instructions after which the mode is as a rule another one, or the processor waits:
+/// when the interpreter does them, the block ends.
+pub fn ends_block(i: &Instruction) -> bool {
+    let system = (0..i.op_count()).any(|n| {
+        i.op_kind(n) == OpKind::Register && {
+            let r = i.op_register(n);
+            n == 0 && (r.is_segment_register() || r.is_cr() || r.is_dr())
+        }
+    });
+    system
+        || matches!(
+            i.mnemonic(),
+            Mnemonic::Clac
+                | Mnemonic::Stac
+                | Mnemonic::Hlt
+                | Mnemonic::Clts
+                | Mnemonic::Lmsw
+                | Mnemonic::Xsetbv
+                | Mnemonic::Invlpg
+                | Mnemonic::Invpcid
+                | Mnemonic::INVALID
+        )
+}
+
 /// Condition code of a Jcc.
 pub fn condition(i: &Instruction) -> u8 {
     use iced_x86::ConditionCode as C;

@@ -39,36 +39,37 @@ impl Front<'_> {
         match i.code() {
             Code::Cli => {
                 if d.live != 0 {
-                    self.e.save_flags();
+                    self.t.e.save_flags();
                 }
-                self.e.and_frame8(layout::RFLAGS + 1, !2);
+                self.t.e.and_frame8(layout::RFLAGS + 1, !2);
                 if d.live != 0 {
-                    self.e.restore_flags();
+                    self.t.e.restore_flags();
                 }
             }
             Code::Sti => {
                 // The flags that leave with `Waiting` are live after STI, whatever the block does.
-                self.e.save_flags();
-                self.e.or_frame8(layout::RFLAGS + 1, 2);
-                self.e.cmp_frame32_zero(layout::IRQ_WAITING);
-                let at = self.e.label();
-                self.e.restore_flags_if_nonzero(at);
-                self.cold.push(Cold::Waiting {
+                self.t.e.save_flags();
+                self.t.e.or_frame8(layout::RFLAGS + 1, 2);
+                self.t.e.cmp_frame32_zero(layout::IRQ_WAITING);
+                let at = self.t.e.label();
+                self.t.e.restore_flags_if_nonzero(at);
+                self.t.cold.push(Cold::Waiting {
                     at,
                     rip: next,
                     shadow: true,
                 });
             }
             Code::Pushfq | Code::Pushfd => {
-                self.e.save_flags();
-                self.e.host_flags_to(T0);
-                self.e.and32(T0, rflags::ARITH as u32);
-                self.e.load(T1, layout::RFLAGS);
-                self.e
+                self.t.e.save_flags();
+                self.t.e.host_flags_to(T0);
+                self.t.e.and32(T0, rflags::ARITH as u32);
+                self.t.e.load(T1, layout::RFLAGS);
+                self.t
+                    .e
                     .and32(T1, !(rflags::ARITH | rflags::VM | rflags::RF) as u32);
-                self.e.or(T0, T1);
-                self.e.store(layout::VALUE, T0);
-                self.e.restore_flags();
+                self.t.e.or(T0, T1);
+                self.t.e.store(layout::VALUE, T0);
+                self.t.e.restore_flags();
                 self.push_frame(i.ip(), layout::VALUE, d.live != 0);
             }
             _ => self.popf(d, next),
@@ -80,48 +81,48 @@ impl Front<'_> {
         let slot = self.slot() as i32;
         // POPF overwrites all arithmetic flags, but until it has succeeded they must survive.
         self.pop_check(d.i.ip(), HOST_SP, true);
-        self.e.load_mem(T0, Self::OPERAND, self.code64);
-        self.e.save_flags();
-        self.e.mov(T1, T0, false);
-        self.e.xor_frame32(T1, layout::RFLAGS);
+        self.t.e.load_mem(T0, Self::OPERAND, self.code64);
+        self.t.e.save_flags();
+        self.t.e.mov(T1, T0, false);
+        self.t.e.xor_frame32(T1, layout::RFLAGS);
         let rare = if user {
             RARE & !(rflags::IOPL | rflags::RF | rflags::VM)
         } else {
             RARE
         };
-        self.e.test32(T1, rare as u32);
-        let (refuse, waiting) = (self.e.label(), self.e.label());
-        self.e.restore_flags_if_nonzero(refuse);
-        self.cold.push(Cold::Interpret {
+        self.t.e.test32(T1, rare as u32);
+        let (refuse, waiting) = (self.t.e.label(), self.t.e.label());
+        self.t.e.restore_flags_if_nonzero(refuse);
+        self.t.cold.push(Cold::Interpret {
             at: refuse,
             rip: d.i.ip(),
         });
         self.move_sp(slot);
         if !user {
             // IF: bit 9 of the image to bit 9 of RFLAGS, through T1.
-            self.e.load(T1, layout::RFLAGS);
-            self.e.and32(T1, !(rflags::IF as u32));
-            self.e.store(layout::VALUE, T0);
-            self.e.and32(T0, rflags::IF as u32);
-            self.e.or(T1, T0);
-            self.e.store(layout::RFLAGS, T1);
+            self.t.e.load(T1, layout::RFLAGS);
+            self.t.e.and32(T1, !(rflags::IF as u32));
+            self.t.e.store(layout::VALUE, T0);
+            self.t.e.and32(T0, rflags::IF as u32);
+            self.t.e.or(T1, T0);
+            self.t.e.store(layout::RFLAGS, T1);
             // Waiting and now enabled?
-            self.e.load32(T1, layout::IRQ_WAITING);
-            self.e.shl32(T1, 9);
-            self.e.and(T0, T1);
-            self.e.store(layout::TARGET, T0);
-            self.e.load(T0, layout::VALUE);
+            self.t.e.load32(T1, layout::IRQ_WAITING);
+            self.t.e.shl32(T1, 9);
+            self.t.e.and(T0, T1);
+            self.t.e.store(layout::TARGET, T0);
+            self.t.e.load(T0, layout::VALUE);
         }
-        self.e.image_to_flags(T0);
+        self.t.e.image_to_flags(T0);
         if !user {
-            self.e.store(layout::SAVE_RCX, 1);
-            self.e.load(1, layout::TARGET);
-            self.e.jrcxz_over(|e| {
+            self.t.e.store(layout::SAVE_RCX, 1);
+            self.t.e.load(1, layout::TARGET);
+            self.t.e.jrcxz_over(|e| {
                 e.load(1, layout::SAVE_RCX);
                 e.jmp(waiting);
             });
-            self.e.load(1, layout::SAVE_RCX);
-            self.cold.push(Cold::Waiting {
+            self.t.e.load(1, layout::SAVE_RCX);
+            self.t.cold.push(Cold::Waiting {
                 at: waiting,
                 rip: next,
                 shadow: false,

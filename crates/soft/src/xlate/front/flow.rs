@@ -23,14 +23,14 @@ impl Front<'_> {
                 index: None,
                 disp: -(n as i32),
             };
-            f.e.lea(T0, a, w);
+            f.t.e.lea(T0, a, w);
         });
     }
 
     /// Checks the slot at the stack pointer for reading.
     pub(super) fn pop_check(&mut self, rip: u64, base: u8, flags_live: bool) {
         let (n, w) = (self.slot(), self.code64);
-        self.check_with(rip, n, false, flags_live, |f| f.e.mov(T0, base, w));
+        self.check_with(rip, n, false, flags_live, |f| f.t.e.mov(T0, base, w));
     }
 
     pub(super) fn move_sp(&mut self, by: i32) {
@@ -39,7 +39,7 @@ impl Front<'_> {
             index: None,
             disp: by,
         };
-        self.e.lea(HOST_SP, a, self.code64);
+        self.t.e.lea(HOST_SP, a, self.code64);
     }
 
     pub(super) const OPERAND: Address = Address {
@@ -57,11 +57,11 @@ impl Front<'_> {
             Some(value as u32 as i32)
         };
         if let Some(v) = small {
-            self.e.store_mem_imm(Self::OPERAND, v, w);
+            self.t.e.store_mem_imm(Self::OPERAND, v, w);
         } else {
-            self.e.lea(T1, Self::OPERAND, true);
-            self.e.mov_imm(T0, value);
-            self.e.store_mem(
+            self.t.e.lea(T1, Self::OPERAND, true);
+            self.t.e.mov_imm(T0, value);
+            self.t.e.store_mem(
                 Address {
                     base: Some(T1),
                     ..Address::default()
@@ -77,9 +77,9 @@ impl Front<'_> {
     pub(super) fn push_frame(&mut self, rip: u64, at: usize, flags_live: bool) {
         let (n, w) = (self.slot() as i32, self.code64);
         self.push_check(rip, flags_live);
-        self.e.lea(T1, Self::OPERAND, true);
-        self.e.load(T0, at);
-        self.e.store_mem(
+        self.t.e.lea(T1, Self::OPERAND, true);
+        self.t.e.load(T0, at);
+        self.t.e.store_mem(
             Address {
                 base: Some(T1),
                 ..Address::default()
@@ -102,7 +102,7 @@ impl Front<'_> {
                     match host_reg(g) {
                         Some(h) => {
                             self.push_check(i.ip(), live);
-                            self.e.store_mem(Self::OPERAND, h, w);
+                            self.t.e.store_mem(Self::OPERAND, h, w);
                             self.move_sp(-n);
                         }
                         None => self.push_frame(i.ip(), gpr(g), live),
@@ -110,8 +110,8 @@ impl Front<'_> {
                 }
                 OpKind::Memory => {
                     self.check(i, n as usize, false, live);
-                    self.e.load_mem(T0, Self::OPERAND, w);
-                    self.e.store(layout::VALUE, T0);
+                    self.t.e.load_mem(T0, Self::OPERAND, w);
+                    self.t.e.store(layout::VALUE, T0);
                     self.push_frame(i.ip(), layout::VALUE, live);
                 }
                 _ => self.push_const(i.ip(), i.immediate(0), live),
@@ -121,14 +121,14 @@ impl Front<'_> {
                 self.pop_check(i.ip(), HOST_SP, live);
                 match host_reg(g) {
                     Some(h) => {
-                        self.e.load_mem(h, Self::OPERAND, w);
+                        self.t.e.load_mem(h, Self::OPERAND, w);
                         if g != SP {
                             self.move_sp(n);
                         }
                     }
                     None => {
-                        self.e.load_mem(T0, Self::OPERAND, w);
-                        self.e.store(gpr(g), T0);
+                        self.t.e.load_mem(T0, Self::OPERAND, w);
+                        self.t.e.store(gpr(g), T0);
                         self.move_sp(n);
                     }
                 }
@@ -136,8 +136,8 @@ impl Front<'_> {
             _ => {
                 // LEAVE: RSP = RBP + slot, RBP = [RBP].
                 self.pop_check(i.ip(), 5, live);
-                self.e.load_mem(T0, Self::OPERAND, w);
-                self.e.lea(
+                self.t.e.load_mem(T0, Self::OPERAND, w);
+                self.t.e.lea(
                     HOST_SP,
                     Address {
                         base: Some(5),
@@ -146,7 +146,7 @@ impl Front<'_> {
                     },
                     w,
                 );
-                self.e.mov(5, T0, w);
+                self.t.e.mov(5, T0, w);
             }
         }
     }
@@ -173,12 +173,12 @@ impl Front<'_> {
             FlowControl::IndirectCall => {
                 self.load_target(i);
                 self.push_const(i.ip(), next, true);
-                self.e.load(T0, layout::TARGET);
+                self.t.e.load(T0, layout::TARGET);
                 self.indirect_exit();
             }
             FlowControl::IndirectBranch => {
                 self.load_target(i);
-                self.e.load(T0, layout::TARGET);
+                self.t.e.load(T0, layout::TARGET);
                 self.indirect_exit();
             }
             _ => {
@@ -189,7 +189,7 @@ impl Front<'_> {
                 };
                 let n = self.slot() as i32;
                 self.pop_check(i.ip(), HOST_SP, true);
-                self.e.load_mem(T0, Self::OPERAND, self.code64);
+                self.t.e.load_mem(T0, Self::OPERAND, self.code64);
                 self.move_sp(n + extra);
                 self.indirect_exit();
             }
@@ -202,31 +202,31 @@ impl Front<'_> {
         if i.op0_kind() == OpKind::Register {
             let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
             match host_reg(g) {
-                Some(h) => self.e.store(layout::TARGET, h),
+                Some(h) => self.t.e.store(layout::TARGET, h),
                 None => {
-                    self.e.load(T0, gpr(g));
-                    self.e.store(layout::TARGET, T0);
+                    self.t.e.load(T0, gpr(g));
+                    self.t.e.store(layout::TARGET, T0);
                 }
             }
         } else {
             self.check(i, self.slot(), false, true);
-            self.e.load_mem(T0, Self::OPERAND, w);
-            self.e.store(layout::TARGET, T0);
+            self.t.e.load_mem(T0, Self::OPERAND, w);
+            self.t.e.store(layout::TARGET, T0);
         }
     }
 
     /// Goes on at the guest RIP in T0, through the jump cache.
     pub(super) fn indirect_exit(&mut self) {
         if self.host.bmi2 {
-            self.e.pext_frame(T1, T0, layout::JC_MASK_AT);
+            self.t.e.pext_frame(T1, T0, layout::JC_MASK_AT);
         } else {
             // The flags must survive: they may be live in the target.
-            self.e.save_flags();
-            self.e.mov(T1, T0, false);
-            self.e.and32(T1, layout::JC_MASK as u32);
-            self.e.restore_flags();
+            self.t.e.save_flags();
+            self.t.e.mov(T1, T0, false);
+            self.t.e.and32(T1, layout::JC_MASK as u32);
+            self.t.e.restore_flags();
         }
-        self.e.jmp_table(layout::jump_cache(self.view));
+        self.t.e.jmp_table(layout::jump_cache(self.view));
     }
 
     /// True if a direct link to `target` stays right as long as this block is reachable: it is in
@@ -236,16 +236,16 @@ impl Front<'_> {
     }
 
     pub(super) fn far_jump(&mut self, target: u64) {
-        self.e.mov_imm(T0, target);
+        self.t.e.mov_imm(T0, target);
         let slot = (target & layout::JC_MASK) as usize;
-        self.e.jmp_frame(layout::jump_cache(self.view) + 8 * slot);
+        self.t.e.jmp_frame(layout::jump_cache(self.view) + 8 * slot);
     }
 
     /// Ends the block by going on at `target`.
     pub(super) fn direct_exit(&mut self, target: u64) {
         if self.linkable(target) {
             let stub = self.new_exit(target);
-            self.e.jmp(stub);
+            self.t.e.jmp(stub);
             self.note_patch();
         } else {
             self.far_jump(target);
@@ -255,19 +255,19 @@ impl Front<'_> {
     pub(super) fn conditional_exit(&mut self, cc: u8, target: u64) {
         if self.linkable(target) {
             let stub = self.new_exit(target);
-            self.e.jcc(cc, stub);
+            self.t.e.jcc(cc, stub);
             self.note_patch();
         } else {
-            let at = self.e.label();
-            self.e.jcc(cc, at);
-            self.cold.push(Cold::JumpFar { at, target });
+            let at = self.t.e.label();
+            self.t.e.jcc(cc, at);
+            self.t.cold.push(Cold::JumpFar { at, target });
         }
     }
 
     pub(super) fn new_exit(&mut self, target: u64) -> Label {
-        let at = self.e.label();
-        let exit = self.exits.len();
-        self.exits.push((
+        let at = self.t.e.label();
+        let exit = self.t.exits.len();
+        self.t.exits.push((
             Exit {
                 target,
                 patch_at: 0,
@@ -278,14 +278,14 @@ impl Front<'_> {
             at,
             0,
         ));
-        self.cold.push(Cold::ExitStub { at, exit });
+        self.t.cold.push(Cold::ExitStub { at, exit });
         at
     }
 
     /// Remembers the rel32 just emitted as the last exit's patch place.
     pub(super) fn note_patch(&mut self) {
-        let at = self.e.len() - 4;
-        if let Some(x) = self.exits.last_mut() {
+        let at = self.t.e.len() - 4;
+        if let Some(x) = self.t.exits.last_mut() {
             x.2 = at;
         }
     }

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 use super::classify::normalise;
 use super::{Cold, Decoded, Front, gpr_of, host_reg, reg_named};
 use crate::frame::TLB_BITS;
-use crate::xlate::emit::{Address, Emitter, T0, T1};
+use crate::xlate::emit::{Address, T0, T1};
 use crate::xlate::layout::{self, gpr};
 
 impl Front<'_> {
@@ -17,9 +17,9 @@ impl Front<'_> {
         let m = i.mnemonic();
         let mem_op = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory);
         // Spilled registers among the explicit operands, with what happens to them.
-        let mut spilled: Vec<(usize, bool)> = Vec::new();
+        let mut spilled: Vec<(usize, bool)> = Vec::new(); // empty, and then not allocated, as a rule
         {
-            let info = self.info.info(&i);
+            let info = self.t.info.info(&i);
             for n in 0..i.op_count() {
                 if i.op_kind(n) != OpKind::Register {
                     continue;
@@ -59,23 +59,23 @@ impl Front<'_> {
         }
         if let Some(op) = mem_op {
             let (size, write) = {
-                let info = self.info.info(&i);
+                let info = self.t.info.info(&i);
                 let Some(u) = info.used_memory().first() else {
                     return false;
                 };
                 let write = !matches!(u.access(), OpAccess::Read | OpAccess::CondRead);
                 (i.memory_size().size(), write)
             };
-            // Try the encoding first, so that a refusal leaves nothing behind.
+            // Encode first, so that a refusal leaves nothing behind.
             let mut probe = i;
             self.set_memory(&mut probe, op, !spilled.is_empty());
             rewrite(&mut probe, &spilled, T0);
-            if !Emitter::new(0).insn(&probe) {
+            let Some(encoded) = self.t.e.encode(&probe) else {
                 return false;
-            }
+            };
             self.check(&d.i, size, write, d.live != 0);
             if let Some(&(g, _)) = spilled.first() {
-                self.e.lea(
+                self.t.e.lea(
                     T1,
                     Address {
                         base: Some(T1),
@@ -84,26 +84,26 @@ impl Front<'_> {
                     },
                     true,
                 );
-                self.e.load(T0, gpr(g));
+                self.t.e.load(T0, gpr(g));
             }
-            self.e.insn(&probe);
+            self.t.e.add(&encoded);
             if let Some(&(g, true)) = spilled.first() {
-                self.e.store(gpr(g), T0);
+                self.t.e.store(gpr(g), T0);
             }
             return true;
         }
         let mut probe = i;
         rewrite(&mut probe, &spilled, T0);
-        if !Emitter::new(0).insn(&probe) {
+        let Some(encoded) = self.t.e.encode(&probe) else {
             return false;
-        }
+        };
         for (n, &(g, _)) in spilled.iter().enumerate() {
-            self.e.load(if n == 0 { T0 } else { T1 }, gpr(g));
+            self.t.e.load(if n == 0 { T0 } else { T1 }, gpr(g));
         }
-        self.e.insn(&probe);
+        self.t.e.add(&encoded);
         for (n, &(g, written)) in spilled.iter().enumerate() {
             if written {
-                self.e.store(gpr(g), if n == 0 { T0 } else { T1 });
+                self.t.e.store(gpr(g), if n == 0 { T0 } else { T1 });
             }
         }
         true
@@ -134,12 +134,12 @@ impl Front<'_> {
         let _ = spilled;
         self.address_into(T0, i, false);
         match (host_reg(g), size) {
-            (Some(h), 8) => self.e.mov(h, T0, true),
-            (Some(h), _) => self.e.mov(h, T0, false),
-            (None, 8) => self.e.store(gpr(g), T0),
+            (Some(h), 8) => self.t.e.mov(h, T0, true),
+            (Some(h), _) => self.t.e.mov(h, T0, false),
+            (None, 8) => self.t.e.store(gpr(g), T0),
             (None, _) => {
-                self.e.mov(T0, T0, false);
-                self.e.store(gpr(g), T0);
+                self.t.e.mov(T0, T0, false);
+                self.t.e.store(gpr(g), T0);
             }
         }
         true
@@ -164,7 +164,7 @@ impl Front<'_> {
             } else {
                 disp & 0xffff_ffff
             };
-            self.e.mov_imm(dst, addr);
+            self.t.e.mov_imm(dst, addr);
         } else {
             let mut a = Address {
                 disp: disp as u32 as i32,
@@ -174,7 +174,7 @@ impl Front<'_> {
                 a.base = Some(match host_reg(g) {
                     Some(h) => h,
                     None => {
-                        self.e.load(T0, gpr(g));
+                        self.t.e.load(T0, gpr(g));
                         T0
                     }
                 });
@@ -183,13 +183,13 @@ impl Front<'_> {
                 let h = match host_reg(g) {
                     Some(h) => h,
                     None => {
-                        self.e.load(T1, gpr(g));
+                        self.t.e.load(T1, gpr(g));
                         T1
                     }
                 };
                 a.index = Some((h, i.memory_index_scale().trailing_zeros() as u8));
             }
-            self.e.lea(dst, a, asz64);
+            self.t.e.lea(dst, a, asz64);
         }
         let seg = match i.memory_segment() {
             Register::FS => Some(pyrite_x86::sreg::FS),
@@ -197,13 +197,13 @@ impl Front<'_> {
             _ => None,
         };
         if with_segment && let Some(s) = seg {
-            self.e.load(T1, layout::seg_base(s));
+            self.t.e.load(T1, layout::seg_base(s));
             let a = Address {
                 base: Some(dst),
                 index: Some((T1, 0)),
                 disp: 0,
             };
-            self.e.lea(dst, a, self.code64);
+            self.t.e.lea(dst, a, self.code64);
         }
     }
 
@@ -224,35 +224,35 @@ impl Front<'_> {
         address: impl FnOnce(&mut Self),
     ) {
         if flags_live {
-            self.e.save_flags();
+            self.t.e.save_flags();
         }
-        let retry = self.e.here();
+        let retry = self.t.e.here();
         address(self);
         if self.host.bmi2 {
-            self.e.pext_frame(T1, T0, layout::TLB_MASK);
+            self.t.e.pext_frame(T1, T0, layout::TLB_MASK);
         } else {
-            self.e.mov(T1, T0, false);
-            self.e.shr32(T1, 12);
-            self.e.and32(T1, (1 << TLB_BITS) - 1);
+            self.t.e.mov(T1, T0, false);
+            self.t.e.shr32(T1, 12);
+            self.t.e.and32(T1, (1 << TLB_BITS) - 1);
         }
         let tags = if write {
             layout::tlb_write(self.view)
         } else {
             layout::tlb_read(self.view)
         };
-        self.e.table_op(0x33, T0, tags);
-        self.e.cmp_imm(T0, 4096 - size as i32);
-        let at = self.e.label();
-        self.e.jcc(7, at);
-        self.e.table_op(0x8b, T1, layout::tlb_host(self.view));
+        self.t.e.table_op(0x33, T0, tags);
+        self.t.e.cmp_imm(T0, 4096 - size as i32);
+        let at = self.t.e.label();
+        self.t.e.jcc(7, at);
+        self.t.e.table_op(0x8b, T1, layout::tlb_host(self.view));
         if flags_live {
-            self.e.restore_flags();
+            self.t.e.restore_flags();
         }
         let mut desc = size as u32 | u32::from(write) << 8 | (self.view as u32) << 16;
         if flags_live {
             desc |= crate::xlate::stubs::DESC_FLAGS_SAVED;
         }
-        self.cold.push(Cold::Slow {
+        self.t.cold.push(Cold::Slow {
             at,
             retry,
             tags,

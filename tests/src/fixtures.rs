@@ -1,0 +1,343 @@
+//! Real guests for tests: kernels and a busybox of several distribution releases.
+//!
+//! They come through the host's own package client, as an ordinary user, into an apt root of our
+//! own under the target directory: the mirror and the keys are those of the host's configuration,
+//! and the client verifies what it fetches against the signed index. Where that is not possible
+//! (another distribution, no network) there is a reason instead of a guest.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+use pyrite_vmm::boot::cpio::CpioWriter;
+
+/// Why there is no fixture, in a sentence.
+pub type Reason = String;
+
+/// The stock guest's init script: the tests and the product start the same user space.
+const INIT: &str = include_str!("../../crates/cli/src/stock/init.sh");
+const UDHCPC: &str = include_str!("../../crates/cli/src/stock/udhcpc.sh");
+const PROFILE: &str = "export PS1='\\u@\\h:\\w\\$ '\n";
+/// Modules for the devices of the machine; what they depend on is added.
+const MODULES: [&str; 4] = ["virtio_pci", "af_packet", "virtio_net", "virtio_rng"];
+/// Directories of the initial RAM disk.
+const DIRS: [&str; 10] = [
+    "bin",
+    "dev",
+    "etc",
+    "lib",
+    "lib/modules",
+    "proc",
+    "root",
+    "sys",
+    "tmp",
+    "run",
+];
+/// LIMIT: directories below each other in a module tree.
+const MAX_DEPTH: u32 = 12;
+
+/// A kernel package of a release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KernelPackage {
+    /// Debian suite.
+    pub suite: &'static str,
+    /// Debian architecture.
+    pub arch: &'static str,
+    /// Metapackage that depends on the kernel.
+    pub package: &'static str,
+}
+
+/// A kernel and an initial RAM disk that boots to a shell.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// bzImage.
+    pub kernel: PathBuf,
+    /// cpio archive.
+    pub initrd: PathBuf,
+}
+
+/// Tests of one binary run on several threads, and several binaries may run at once.
+static FETCHING: Mutex<()> = Mutex::new(());
+
+/// `target/pyrite-fixtures`, or what `PYRITE_FIXTURES` names.
+pub fn cache_dir() -> PathBuf {
+    if let Some(dir) = std::env::var_os("PYRITE_FIXTURES") {
+        return dir.into();
+    }
+    let exe = std::env::current_exe().expect("path of the test");
+    // target/PROFILE/deps/this-test
+    let target = exe.ancestors().nth(3).expect("target directory");
+    target.join("pyrite-fixtures")
+}
+
+/// The guest of `kernel`, made once and kept.
+pub fn guest(kernel: KernelPackage) -> Result<Guest, Reason> {
+    let _one = FETCHING.lock().unwrap_or_else(PoisonError::into_inner);
+    let cache = cache_dir();
+    let KernelPackage {
+        suite,
+        arch,
+        package,
+    } = kernel;
+    let name = format!("{suite}-{arch}-{package}");
+    let done = cache.join("guests").join(&name);
+    let guest = Guest {
+        kernel: done.join("vmlinuz"),
+        initrd: done.join("initrd.img"),
+    };
+    if guest.initrd.is_file() {
+        return Ok(guest);
+    }
+    let root = cache.join(format!("root-{name}-{}", std::process::id()));
+    let new = cache.join(format!("new-{name}-{}", std::process::id()));
+    let made = make(&cache, kernel, &root, &new).and_then(|()| {
+        fs::create_dir_all(cache.join("guests")).map_err(|e| e.to_string())?;
+        // Another process may have been faster.
+        match fs::rename(&new, &done) {
+            Err(_) if guest.initrd.is_file() => Ok(()),
+            result => result.map_err(|e| e.to_string()),
+        }
+    });
+    let _ = fs::remove_dir_all(&root);
+    let _ = fs::remove_dir_all(&new);
+    made.map(|()| guest)
+}
+
+fn make(cache: &Path, kernel: KernelPackage, root: &Path, new: &Path) -> Result<(), Reason> {
+    let apt = Apt::new(cache, kernel.suite, kernel.arch)?;
+    let image = apt.image_of(kernel.package)?;
+    for package in [&image, "busybox-static"] {
+        let deb = apt.download(cache, package)?;
+        fs::create_dir_all(root).map_err(|e| e.to_string())?;
+        run(Command::new("dpkg-deb").arg("-x").args([&deb, root]))?;
+        let _ = fs::remove_file(&deb);
+    }
+    fs::create_dir_all(new).map_err(|e| e.to_string())?;
+    let vmlinuz = newest(&root.join("boot"), "vmlinuz-")?;
+    fs::copy(vmlinuz, new.join("vmlinuz")).map_err(|e| e.to_string())?;
+    write_initrd(root, &new.join("initrd.img"))
+}
+
+/// The package client with a root of its own for one suite and architecture.
+struct Apt {
+    options: Vec<String>,
+}
+
+impl Apt {
+    fn new(cache: &Path, suite: &str, arch: &str) -> Result<Apt, Reason> {
+        let dir = cache.join(format!("apt-{suite}-{arch}"));
+        let (lists, archives) = (dir.join("lists"), dir.join("cache"));
+        for d in [lists.join("partial"), archives.join("archives/partial")] {
+            fs::create_dir_all(&d).map_err(|e| format!("{}: {e}", d.display()))?;
+        }
+        let sources = dir.join("sources.list");
+        let (mirror, signed_by) = host_mirror()?;
+        let line = format!("deb{signed_by} {mirror} {suite} main\n");
+        fs::write(&sources, line).map_err(|e| e.to_string())?;
+        let apt = Apt {
+            options: vec![
+                // As root the client would drop to a user that cannot write here.
+                "APT::Sandbox::User=root".into(),
+                format!("Dir::Etc::SourceList={}", sources.display()),
+                "Dir::Etc::SourceParts=/dev/null".into(),
+                format!("Dir::State::Lists={}/", lists.display()),
+                "Dir::State::status=/dev/null".into(),
+                format!("Dir::Cache={}/", archives.display()),
+                format!("APT::Architecture={arch}"),
+                format!("APT::Architectures={arch}"),
+                "APT::Update::Post-Invoke::=".into(),
+                "APT::Update::Post-Invoke-Success::=".into(),
+                "Acquire::Languages=none".into(),
+                "Acquire::Retries=2".into(),
+                "Acquire::http::Timeout=20".into(),
+            ],
+        };
+        let updated = dir.join("updated");
+        if !updated.is_file() {
+            run(apt.command("apt-get").args(["update", "--error-on=any"]))?;
+            fs::write(updated, "").map_err(|e| e.to_string())?;
+        }
+        Ok(apt)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut c = Command::new(program);
+        c.arg("-q").env("LC_ALL", "C");
+        for o in &self.options {
+            c.args(["-o", o]);
+        }
+        c
+    }
+
+    /// The kernel that a metapackage depends on.
+    fn image_of(&self, package: &str) -> Result<String, Reason> {
+        let text = run(self
+            .command("apt-cache")
+            .args(["depends", "--important", package]))?;
+        text.lines()
+            .filter_map(|l| l.trim().strip_prefix("Depends: "))
+            .find(|n| n.starts_with("linux-image-"))
+            .map(str::to_owned)
+            .ok_or_else(|| format!("{package} depends on no kernel"))
+    }
+
+    fn download(&self, cache: &Path, package: &str) -> Result<PathBuf, Reason> {
+        let into = cache.join(format!("download-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&into);
+        fs::create_dir_all(&into).map_err(|e| e.to_string())?;
+        run(self
+            .command("apt-get")
+            .args(["download", package])
+            .current_dir(&into))?;
+        newest(&into, package)
+    }
+}
+
+/// Archive and key options of the host's first Debian source.
+fn host_mirror() -> Result<(String, String), Reason> {
+    const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+    let signed_by = if Path::new(KEYS).is_file() {
+        format!(" [signed-by={KEYS}]")
+    } else {
+        String::new()
+    };
+    let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
+    if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
+        files.extend(entries.filter_map(|e| e.ok().map(|e| e.path())));
+    }
+    files.sort();
+    let texts = files.iter().filter_map(|f| fs::read_to_string(f).ok());
+    texts
+        .flat_map(|t| t.lines().map(str::to_owned).collect::<Vec<_>>())
+        .filter(|l| l.starts_with("URIs:") || l.starts_with("deb "))
+        .flat_map(|l| {
+            l.split_whitespace()
+                .filter(|w| w.contains("://"))
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
+        .find(|u| u.trim_end_matches('/').ends_with("/debian"))
+        .map(|u| (u, signed_by))
+        .ok_or_else(|| "the host's package sources name no Debian archive".into())
+}
+
+/// Runs a program; its output, or what it complained about.
+fn run(command: &mut Command) -> Result<String, Reason> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let out = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|e| format!("{program}: {e}"))?;
+    if out.status.success() {
+        return Ok(String::from_utf8_lossy(&out.stdout).into_owned());
+    }
+    let text = String::from_utf8_lossy(&out.stderr);
+    Err(format!("{program}: {}", text.lines().next().unwrap_or("")))
+}
+
+/// The last entry of `dir` that begins with `start`.
+fn newest(dir: &Path, start: &str) -> Result<PathBuf, Reason> {
+    let entries = fs::read_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    entries
+        .filter_map(|e| e.ok().map(|e| e.path()))
+        .filter(|p| {
+            p.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with(start))
+        })
+        .max()
+        .ok_or_else(|| format!("{} has no {start}*", dir.display()))
+}
+
+fn write_initrd(root: &Path, out: &Path) -> Result<(), Reason> {
+    let busybox = ["bin/busybox", "usr/bin/busybox"]
+        .iter()
+        .find_map(|p| fs::read(root.join(p)).ok())
+        .ok_or("the busybox package has no busybox")?;
+    let modules = modules(root)?;
+    write_cpio(out, &busybox, &modules).map_err(|e| format!("{}: {e}", out.display()))
+}
+
+fn write_cpio(out: &Path, busybox: &[u8], modules: &[(String, Vec<u8>)]) -> std::io::Result<()> {
+    let mut cpio = CpioWriter::new(std::io::BufWriter::new(File::create(out)?));
+    for dir in DIRS {
+        cpio.dir(dir)?;
+    }
+    cpio.char_device("dev/console", 5, 1)?;
+    cpio.char_device("dev/null", 1, 3)?;
+    cpio.file("bin/busybox", 0o755, busybox)?;
+    cpio.symlink("bin/sh", "busybox")?;
+    cpio.file("init", 0o755, INIT.as_bytes())?;
+    cpio.file("etc/udhcpc.script", 0o755, UDHCPC.as_bytes())?;
+    cpio.file("etc/profile", 0o644, PROFILE.as_bytes())?;
+    cpio.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
+    let mut order = String::new();
+    for (name, bytes) in modules {
+        cpio.file(&format!("lib/modules/{name}.ko"), 0o644, bytes)?;
+        order.push_str(name);
+        order.push_str(".ko\n");
+    }
+    cpio.file("lib/modules/order", 0o644, order.as_bytes())?;
+    cpio.finish().map(drop)
+}
+
+/// The modules of [`MODULES`] that are not built in, after what they depend on.
+fn modules(root: &Path) -> Result<Vec<(String, Vec<u8>)>, Reason> {
+    let tree = ["lib/modules", "usr/lib/modules"]
+        .iter()
+        .find_map(|p| newest(&root.join(p), "").ok())
+        .ok_or("the kernel package has no modules")?;
+    let mut files = HashMap::new();
+    collect(&tree, &mut files, 0);
+    let mut out = Vec::new();
+    for name in MODULES {
+        add(name, &files, &mut out, 0)?;
+    }
+    Ok(out)
+}
+
+fn collect(dir: &Path, files: &mut HashMap<String, PathBuf>, depth: u32) {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return;
+    };
+    for path in entries.filter_map(|e| e.ok().map(|e| e.path())) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if let Some((stem, _)) = name.split_once(".ko") {
+            files.insert(stem.replace('-', "_"), path.clone());
+        } else if depth < MAX_DEPTH && path.is_dir() && !path.is_symlink() {
+            collect(&path, files, depth + 1);
+        }
+    }
+}
+
+fn add(
+    name: &str,
+    files: &HashMap<String, PathBuf>,
+    out: &mut Vec<(String, Vec<u8>)>,
+    depth: u32,
+) -> Result<(), Reason> {
+    const KEY: &[u8] = b"\0depends=";
+    let name = name.replace('-', "_");
+    let Some(path) = files.get(&name) else {
+        return Ok(());
+    };
+    if depth > MAX_DEPTH || out.iter().any(|(n, _)| *n == name) {
+        return Ok(());
+    }
+    let bytes = if path.extension().is_some_and(|e| e == "xz") {
+        let unpacked = Command::new("xz").arg("-dc").arg(path).output();
+        unpacked.map_err(|e| format!("xz: {e}"))?.stdout
+    } else {
+        fs::read(path).map_err(|e| e.to_string())?
+    };
+    // A package has no modules.dep, so the module is asked itself.
+    let at = bytes.windows(KEY.len()).position(|w| w == KEY);
+    let list = at.map_or(&[][..], |at| &bytes[at + KEY.len()..]);
+    let list = list.split(|b| *b == 0).next().unwrap_or_default();
+    for needed in String::from_utf8_lossy(list).split(',') {
+        add(needed, files, out, depth + 1)?;
+    }
+    out.push((name, bytes));
+    Ok(())
+}
