@@ -223,8 +223,8 @@ fn sequence(pool: &Pool, r: &mut Rng, start: &Start, at: usize) -> Sequence {
             if n >= body {
                 *target = first as u32;
             } else {
-                // Forward; the loop's end counts as part of it.
-                let to = n as u64 + 1 + r.below(body as u64 + 1 - n as u64);
+                // Forward, at most to what counts the loop down.
+                let to = n as u64 + 1 + r.below(body as u64 - n as u64);
                 *target = if to >= body as u64 && counter.is_none() {
                     u32::MAX
                 } else {
