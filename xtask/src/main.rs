@@ -2,6 +2,7 @@
 //!
 //! - `test`: everything CI checks: formatting, lints, tidy, all tests.
 //! - `tidy`: house rules that no compiler checks.
+//! - `isafuzz`: random instruction sequences, software engine against this processor.
 
 use std::process::{Command, ExitCode};
 
@@ -11,7 +12,9 @@ const USAGE: &str = "usage: cargo xtask <command>
 
   test    formatting, lints, house rules and all tests (what CI runs)
   quick   the same without the tests that boot whole guests
-  tidy    house rules only";
+  tidy    house rules only
+  isafuzz random instruction sequences on the engine against this processor
+          [--seed S] [--count N] [--seconds T] [--jobs J] [--keep K]";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -19,6 +22,19 @@ fn main() -> ExitCode {
         Some("test") => steps(true),
         Some("quick") => steps(false),
         Some("tidy") => report("tidy", tidy::check()),
+        Some("isafuzz") => {
+            let mut all = vec![
+                "run",
+                "--release",
+                "-p",
+                "pyrite-soft",
+                "--example",
+                "isafuzz",
+                "--",
+            ];
+            all.extend(args.iter().skip(1).map(String::as_str));
+            report("isafuzz", cargo(&all))
+        }
         Some("--help" | "-h" | "help") | None => {
             eprintln!("{USAGE}");
             ExitCode::SUCCESS

@@ -222,6 +222,10 @@ fn mode_of(v: &SoftVcpu) -> Option<u32> {
     if matches!(c.cpl(), 1 | 2) {
         return None;
     }
+    // Alignment checks are the interpreter's.
+    if c.cr0 & cr0::AM != 0 && c.rflags & rflags::AC != 0 && c.cpl() == 3 {
+        return None;
+    }
     let mut m = v.view(Priv::Current) as u32;
     if c.efer & efer::LMA != 0 && c.seg[sreg::CS].l() {
         m |= mode::CODE64;

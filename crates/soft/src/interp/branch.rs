@@ -106,6 +106,8 @@ pub fn call(v: &mut SoftVcpu, op: &Op) -> Done {
         }
         _ => read(v, &op.i, 0, op.size)?,
     };
+    // A stack that cannot take the return address is found before a target that cannot be reached.
+    stack::probe_push(v, op.size)?;
     let target = checked_target(v, target, op.size)?;
     stack::push(v, op.i.next_ip(), op.size)?;
     v.frame.cpu.rip = target;

@@ -32,7 +32,9 @@ use pyrite_x86::{gpr, sreg};
 use crate::exception::{Exception, Trap};
 use crate::interp::Op;
 use crate::interp::integer::{self, Done};
-use crate::interp::operand::{address_mask, gpr_place, mem_lin, offset, segment};
+use crate::interp::operand::{
+    address_mask, alignment_checked, gpr_place, mem_lin, offset, segment,
+};
 use crate::mmu::Priv;
 use crate::sys::Next;
 use crate::sys::seg::SegAccess;
@@ -101,6 +103,8 @@ impl Alignment {
             | M::Pcmpestrm
             | M::Pcmpistri
             | M::Pcmpistrm
+            | M::Pcmpestri64
+            | M::Pcmpestrm64
             | M::Sha1msg1
             | M::Sha1msg2
             | M::Sha1nexte
@@ -593,7 +597,14 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
     // With lanes switched off, the operand may reach beyond the segment or into a missing page.
     let lin = match mem_lin(v, &op.i, m.bytes, access) {
         Ok(lin) => lin,
-        Err(e) if lanes == whole => return Err(e),
+        Err(e) if lanes == whole => {
+            // The #GP of a misaligned operand comes before the #SS of a non-canonical one.
+            let lin = offset(v, &op.i);
+            if e.vector == vector::SS && m.alignment.refuses(v, lin, m.bytes) {
+                return Err(Exception::gp(0));
+            }
+            return Err(e);
+        }
         Err(e) => {
             let seg = segment(&op.i);
             let first = lanes.trailing_zeros() as u64 * m.lanes.element as u64;
@@ -616,6 +627,9 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
     // Masked out as a whole, an operand is not looked at.
     if lanes != 0 && m.alignment.refuses(v, lin, m.bytes) {
         return Err(Exception::gp(0));
+    }
+    if m.bytes > 8 && alignment_checked(v) && !lin.is_multiple_of(m.bytes as u64) {
+        return Err(Exception::AC);
     }
     let at = 64 + (lin as usize & 63);
     let mut data = [0u8; 64];

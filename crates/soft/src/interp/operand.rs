@@ -1,6 +1,6 @@
 //! Operands: effective addresses, registers of every size, loads and stores of up to 8 bytes.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{CodeSize, Instruction, OpKind, Register};
 use pyrite_x86::bits::{cr0, rflags};
 use pyrite_x86::sreg;
 
@@ -31,7 +31,15 @@ pub fn segment_number(r: Register) -> usize {
 /// Segment register number of the memory operand, override prefixes included.
 #[inline]
 pub fn segment(i: &Instruction) -> usize {
-    segment_number(i.memory_segment())
+    let seg = segment_number(i.memory_segment());
+    if i.code_size() == CodeSize::Code64 && seg < sreg::FS && i.has_segment_prefix() {
+        // 64-bit mode ignores the prefix; which fault an address raises follows from the base.
+        return match i.memory_base() {
+            Register::RSP | Register::RBP | Register::ESP | Register::EBP => sreg::SS,
+            _ => sreg::DS,
+        };
+    }
+    seg
 }
 
 /// Mask of the address size of the memory operand.

@@ -6,6 +6,7 @@ use crate::exception::Exception;
 use crate::interp::memory;
 use crate::interp::operand::alignment_checked;
 
+use crate::mmu::Priv;
 use crate::sys::seg::SegAccess;
 use crate::vcpu::SoftVcpu;
 
@@ -41,6 +42,13 @@ fn stack_lin(v: &SoftVcpu, sp: u64, size: usize, access: SegAccess) -> Result<u6
         return Err(Exception::AC);
     }
     Ok(lin)
+}
+
+/// Checks that a push of `size` bytes would succeed.
+pub fn probe_push(v: &mut SoftVcpu, size: usize) -> Result<(), Exception> {
+    let sp = v.frame.cpu.gpr[gpr::RSP].wrapping_sub(size as u64) & stack_mask(v);
+    let lin = stack_lin(v, sp, size, SegAccess::Write)?;
+    v.probe_write(lin, size, Priv::Current)
 }
 
 /// Pushes the low `size` (2, 4 or 8) bytes. RSP changes only on success.

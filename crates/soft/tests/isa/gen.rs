@@ -268,6 +268,17 @@ pub fn instruction(code: Code, r: &mut Rng, s: &Start, tries: usize) -> Option<I
             continue;
         }
         b.truncate(i.len());
+        // LIMIT: EVEX.X has no meaning with a general-purpose register in ModRM.rm, but with it
+        // set and RSP named, a processor at hand reads RSP as before the last push.
+        let ignored_x = op.encoding() == EncodingKind::EVEX
+            && b.iter()
+                .position(|&x| x == 0x62)
+                .is_some_and(|p| b[p + 1] & 0x40 == 0)
+            && (0..i.op_count())
+                .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_gpr());
+        if ignored_x {
+            continue;
+        }
         let mut insn = Insn {
             bytes: b,
             branch: None,

@@ -29,6 +29,9 @@ const STACK_TOP: u64 = 0xd000;
 const CODE_GPA: u64 = 0x20000;
 const DATA_GPA: u64 = 0x30000;
 const END_GPA: u64 = 0x40000;
+/// Tables for it.
+const END_PD: u64 = 0xe000;
+const END_PT: u64 = 0xf000;
 /// The port that ends a run.
 const PORT: u8 = 0xf4;
 
@@ -274,7 +277,9 @@ fn layout(m: &GuestMemory) {
         DATA_GPA + DATA_BYTES as u64,
         P | U | NX,
     );
-    page(END, END_GPA, P | U);
+    w(pdpt + (END >> 30) * 8, END_PD | P | W | U);
+    w(END_PD + (END >> 21 & 511) * 8, END_PT | P | W | U);
+    w(END_PT + (END >> 12 & 511) * 8, END_GPA | P | U);
     w(pml4 + 256 * 8, kpdpt | P | W);
     w(kpdpt, kpd | P | W);
     w(kpd, kpt | P | W);

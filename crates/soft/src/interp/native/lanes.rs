@@ -50,13 +50,7 @@ impl Lanes {
         };
         // What a mask bit stands for, which may be several elements of the operand.
         let element = match i.mnemonic() {
-            M::Vpdpbusd
-            | M::Vpdpbusds
-            | M::Vpdpwssd
-            | M::Vpdpwssds
-            | M::Vdpbf16ps
-            | M::Vpmaddwd => 4,
-            M::Vpmaddubsw => 2,
+            M::Vpdpbusd | M::Vpdpbusds | M::Vpdpwssd | M::Vpdpwssds | M::Vdpbf16ps => 4,
             M::Vpmuludq | M::Vpmuldq => 8,
             _ => i.memory_size().element_size(),
         };
@@ -251,6 +245,11 @@ fn reads_all(m: Mnemonic) -> bool {
         m,
         M::Valignd
             | M::Valignq
+            | M::Vcvtne2ps2bf16
+            | M::Vpmaddubsw
+            | M::Vpmaddwd
+            | M::Vgf2p8affineqb
+            | M::Vgf2p8affineinvqb
             | M::Vinsertf32x4
             | M::Vinsertf32x8
             | M::Vinsertf64x2
@@ -290,7 +289,6 @@ fn reads_all(m: Mnemonic) -> bool {
             | M::Vpermw
             | M::Vpmultishiftqb
             | M::Vpshufb
-            | M::Vpshufbitqmb
             | M::Vpshufd
             | M::Vpshufhw
             | M::Vpshuflw

@@ -88,7 +88,7 @@ pub fn is_hint(m: Mnemonic) -> bool {
 }
 
 /// Shifts and rotates leave the flags alone when the masked count is zero. Multiplications,
-/// divisions and zero counts leave those alone, on some processors, that the manual calls undefined.
+/// divisions and bit instructions leave those alone, on some processors, that the manual calls undefined.
 pub fn may_keep_flags(i: &Instruction) -> bool {
     match i.mnemonic() {
         Mnemonic::Mul
@@ -98,7 +98,11 @@ pub fn may_keep_flags(i: &Instruction) -> bool {
         | Mnemonic::Lzcnt
         | Mnemonic::Tzcnt
         | Mnemonic::Bsf
-        | Mnemonic::Bsr => true,
+        | Mnemonic::Bsr
+        | Mnemonic::Bt
+        | Mnemonic::Bts
+        | Mnemonic::Btr
+        | Mnemonic::Btc => true,
         Mnemonic::Shl
         | Mnemonic::Sal
         | Mnemonic::Shr
