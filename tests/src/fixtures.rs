@@ -100,8 +100,9 @@ pub fn guest(kernel: KernelPackage) -> Result<Guest, Reason> {
             result => result.map_err(|e| e.to_string()),
         }
     });
-    let _ = fs::remove_dir_all(&root);
-    let _ = fs::remove_dir_all(&new);
+    for dir in [&root, &new, &download_dir(&cache)] {
+        let _ = fs::remove_dir_all(dir);
+    }
     made.map(|()| guest)
 }
 
@@ -184,7 +185,7 @@ impl Apt {
     }
 
     fn download(&self, cache: &Path, package: &str) -> Result<PathBuf, Reason> {
-        let into = cache.join(format!("download-{}", std::process::id()));
+        let into = download_dir(cache);
         let _ = fs::remove_dir_all(&into);
         fs::create_dir_all(&into).map_err(|e| e.to_string())?;
         run(self
@@ -193,6 +194,10 @@ impl Apt {
             .current_dir(&into))?;
         newest(&into, package)
     }
+}
+
+fn download_dir(cache: &Path) -> PathBuf {
+    cache.join(format!("download-{}", std::process::id()))
 }
 
 /// Archive and key options of the host's first Debian source.
