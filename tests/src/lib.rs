@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 pub mod fixtures;
 pub mod guest;
+pub mod user_space;
 
 /// The pyrite executable of this build, built if need be.
 pub fn pyrite() -> &'static Path {
@@ -70,12 +71,30 @@ pub fn run(args: &[&str]) -> Output {
         .expect("pyrite runs")
 }
 
+/// Asks a running VM; the exit code, and all that was printed.
+pub fn ctl(socket: &Path, words: &[&str]) -> (i32, String) {
+    let done = Command::new(pyrite())
+        .arg("ctl")
+        .arg(socket)
+        .args(words)
+        .output()
+        .expect("pyrite runs");
+    let text = [done.stdout, done.stderr].concat();
+    (
+        done.status.code().unwrap_or(-1),
+        String::from_utf8_lossy(&text).into_owned(),
+    )
+}
+
 /// A running pyrite, talked to through pipes.
 pub struct Session {
     child: Child,
     input: Option<ChildStdin>,
     pieces: Receiver<Vec<u8>>,
+    /// Printed and not expected yet.
     seen: String,
+    /// Printed.
+    all: String,
     errors: Arc<Mutex<String>>,
 }
 
@@ -129,6 +148,7 @@ impl Session {
             input,
             pieces,
             seen: String::new(),
+            all: String::new(),
             errors,
         }
     }
@@ -148,6 +168,13 @@ impl Session {
         self.until(text, limit);
     }
 
+    /// Like [`Session::expect`]; what was printed up to and with `text`.
+    pub fn read_until(&mut self, text: &str, limit: Duration) -> String {
+        let mut out = self.until(text, limit);
+        out.push_str(text);
+        out
+    }
+
     /// As [`Session::expect`]; what was printed before `text`.
     pub fn until(&mut self, text: &str, limit: Duration) -> String {
         let until = Instant::now() + limit;
@@ -161,7 +188,7 @@ impl Session {
                 .pieces
                 .recv_timeout(until.saturating_duration_since(Instant::now()))
             {
-                Ok(p) => self.seen.push_str(&String::from_utf8_lossy(&p)),
+                Ok(p) => self.take(&p),
                 Err(e) => panic!(
                     "no {text:?} ({e}); seen:\n{}\nstandard error:\n{}",
                     self.seen,
@@ -169,6 +196,35 @@ impl Session {
                 ),
             }
         }
+    }
+
+    /// Waits for `before`, digits and a full stop; the number.
+    pub fn expect_number(&mut self, before: &str, limit: Duration) -> u64 {
+        let until = Instant::now() + limit;
+        loop {
+            self.expect(before, until.saturating_duration_since(Instant::now()));
+            let left = until.saturating_duration_since(Instant::now());
+            while !self.seen.contains('.') {
+                match self.pieces.recv_timeout(left) {
+                    Ok(p) => self.take(&p),
+                    Err(e) => panic!("no number after {before:?} ({e}); seen:\n{}", self.seen),
+                }
+            }
+            if let Some(n) = self.seen.split('.').next().and_then(|t| t.parse().ok()) {
+                return n;
+            }
+        }
+    }
+
+    /// All that was printed so far.
+    pub fn all(&self) -> &str {
+        &self.all
+    }
+
+    fn take(&mut self, piece: &[u8]) {
+        let text = String::from_utf8_lossy(piece);
+        self.seen.push_str(&text);
+        self.all.push_str(&text);
     }
 
     /// What came on standard error so far.

@@ -28,6 +28,8 @@ pub enum Command {
     /// package client, cached, and booted to a shell with working network.
     #[command(after_help = crate::exit::HELP)]
     Run(Box<RunArgs>),
+    /// Ask something of a running VM that was started with --control.
+    Ctl(CtlArgs),
     /// Say what this host can do for VMs.
     Doctor,
     /// The process of one VM (started by `run`).
@@ -66,6 +68,42 @@ pub enum NetArg {
     None,
 }
 
+/// Arguments of `pyrite ctl`.
+#[derive(Debug, Args)]
+pub struct CtlArgs {
+    /// The socket that the VM was given with --control
+    pub socket: PathBuf,
+    /// What to ask
+    #[command(subcommand)]
+    pub ask: Ask,
+}
+
+/// What can be asked of a running VM.
+#[derive(Debug, Subcommand)]
+pub enum Ask {
+    /// Write memory and state to a new directory; the VM then goes on
+    Snapshot {
+        /// The directory, which must not exist
+        dir: PathBuf,
+    },
+    /// Show what the machine is and does
+    Inspect {
+        /// Part of the tree, e.g. vm/vcpu0
+        #[arg(default_value = "")]
+        path: String,
+    },
+    /// Stop guest time
+    Pause,
+    /// Let a paused VM go on
+    Resume,
+    /// Press the reset button
+    Reset,
+    /// Press the power button
+    Power,
+    /// End the VM at once
+    Stop,
+}
+
 /// Options of `pyrite run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -95,9 +133,9 @@ pub struct RunArgs {
         value_parser = parse_forward
     )]
     pub forwards: Vec<ForwardSpec>,
-    /// Let the guest reach services of this host's 127.0.0.1, as 10.0.2.2
+    /// Let the guest reach servers on the host's loopback, as 10.0.2.2
     #[arg(long)]
-    pub host_access: bool,
+    pub host_loopback: bool,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -125,6 +163,12 @@ pub struct RunArgs {
     /// End the VM when the guest resets the machine
     #[arg(long)]
     pub no_reboot: bool,
+    /// Unix socket on which the VM takes requests of `pyrite ctl`
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
+    /// Stand still until `pyrite ctl SOCKET resume`
+    #[arg(long, requires = "control")]
+    pub paused: bool,
     /// Go on from a snapshot instead of booting
     #[arg(long, value_name = "DIR", conflicts_with_all = ["kernel", "initrd", "append", "modules"])]
     pub restore: Option<PathBuf>,
@@ -170,7 +214,7 @@ impl RunArgs {
                     NetArg::None => NetKind::None,
                 },
                 forwards: self.forwards.clone(),
-                host_access: self.host_access,
+                host_loopback: self.host_loopback,
             },
             console: console.unwrap_or_default(),
             balloon: self.balloon,
@@ -184,6 +228,7 @@ impl RunArgs {
                 .timeout
                 .map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
             restore: self.restore.clone(),
+            paused: self.paused,
         }
     }
 }
@@ -202,7 +247,7 @@ fn option_of(path: &str) -> &'static str {
         ("cpu_model", _) => "--cpu",
         ("disks", _) => "--disk",
         ("net", p) if p.starts_with("net.forwards") => "-p",
-        ("net", "net.host_access") => "--host-access",
+        ("net", p) if p.starts_with("net.host_loopback") => "--host-loopback",
         ("net", _) => "--net",
         ("console", _) => "--console",
         ("balloon", _) => "--balloon",
@@ -360,7 +405,7 @@ mod tests {
             "2m",
             "--no-reboot",
             "--balloon",
-            "--host-access",
+            "--host-loopback",
             "--module",
             "m a b",
         ])
@@ -374,8 +419,8 @@ mod tests {
         assert_eq!(spec.disks[0].serial.as_deref(), Some("S1"));
         assert!(spec.disks[0].read_only && !spec.disks[1].read_only);
         assert_eq!(spec.disks[1].path, PathBuf::from("a,b"));
+        assert!(spec.net.host_loopback);
         assert_eq!(spec.net.forwards[1].protocol, Protocol::Udp);
-        assert!(spec.net.host_access);
         assert_eq!(spec.time_limit_ms, Some(120_000));
         assert_eq!(spec.reset, ResetPolicy::Stop);
         spec.validate().unwrap();

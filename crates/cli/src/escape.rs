@@ -10,6 +10,7 @@ Ctrl-A x       quit: end the VM at once
 Ctrl-A b       send a break
 Ctrl-A r       reset the machine
 Ctrl-A p       press the power button
+Ctrl-A i       show what the machine is and does
 Ctrl-A Ctrl-A  send Ctrl-A
 ";
 
@@ -28,6 +29,8 @@ pub enum Typed {
     Reset,
     /// Press the power button.
     PowerButton,
+    /// Show the machine.
+    Inspect,
 }
 
 /// Finds escape sequences in a stream that arrives in pieces.
@@ -58,6 +61,7 @@ impl EscapeKey {
                 b'b' | b'B' => Typed::Break,
                 b'r' | b'R' => Typed::Reset,
                 b'p' | b'P' => Typed::PowerButton,
+                b'i' | b'I' => Typed::Inspect,
                 // An unknown key shows what there is.
                 _ => Typed::Help,
             };

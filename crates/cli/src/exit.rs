@@ -31,7 +31,7 @@ Exit codes:
 
 Keys:
   Ctrl-A h help   Ctrl-A x quit   Ctrl-A b break   Ctrl-A r reset
-  Ctrl-A p power button           Ctrl-A Ctrl-A sends Ctrl-A";
+  Ctrl-A p power button           Ctrl-A i inspect   Ctrl-A Ctrl-A sends Ctrl-A";
 
 /// The exit code of an ending.
 pub fn code(ending: &Ending) -> u8 {

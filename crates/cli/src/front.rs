@@ -6,13 +6,16 @@
 //! either process dies, so neither outlives the other.
 //!
 //! Threads: this one (decides), one that reads control messages, one that reads what is typed, one
-//! that shows what the guest prints, one that waits for signals.
+//! that shows what the guest prints, one that waits for signals; with `--control` one that accepts
+//! connections and one per connection.
 
+use std::collections::HashMap;
 use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, Command as Process, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -27,7 +30,7 @@ use pyrite_api::v1::{ConsoleKind, VmSpec};
 use crate::escape::{self, EscapeKey, Typed};
 use crate::signals::{self, Signals};
 use crate::terminal::{self, RawTerminal};
-use crate::{exit, log};
+use crate::{ctl, exit, log};
 
 /// LIMIT: events waiting for the deciding thread.
 const QUEUE: usize = 64;
@@ -42,6 +45,8 @@ enum Heard {
     VmGone(Option<std::io::Error>),
     Typed(Typed),
     Signal(libc::c_int),
+    /// A request from the `--control` socket, and where its outcome goes.
+    Asked(Command, SyncSender<Outcome>),
 }
 
 /// A running VM, seen from the front.
@@ -50,6 +55,8 @@ struct Session {
     child: Child,
     terminal: Option<RawTerminal>,
     next_id: u64,
+    /// Requests of others that wait for their outcome, by id.
+    waiting: HashMap<u64, SyncSender<Outcome>>,
     /// The person has asked for the end.
     quitting: bool,
     /// When the VM process is ended by force.
@@ -58,9 +65,10 @@ struct Session {
 }
 
 /// Runs a VM to its end; the exit code.
-pub fn run(spec: VmSpec, log_filter: &str) -> Result<u8> {
+pub fn run(spec: VmSpec, log_filter: &str, socket: Option<&Path>) -> Result<u8> {
     let mut signals = Signals::watch().context("cannot watch for signals")?;
     let interactive = spec.console != ConsoleKind::None;
+    let socket = socket.map(ctl::Socket::bind).transpose()?;
     let (control, control_vm) = UnixStream::pair().context("cannot make the control socket")?;
     let (console, console_vm) = UnixStream::pair().context("cannot make the console socket")?;
     let terminal = if interactive {
@@ -98,6 +106,10 @@ pub fn run(spec: VmSpec, log_filter: &str) -> Result<u8> {
             }
         }
     })?;
+    if let Some(s) = &socket {
+        let asked = heard.clone();
+        s.serve(move |command, outcome| asked.send(Heard::Asked(command, outcome)).is_ok())?;
+    }
     drop(heard);
 
     let kill_at = spec
@@ -109,6 +121,7 @@ pub fn run(spec: VmSpec, log_filter: &str) -> Result<u8> {
         child,
         terminal,
         next_id: 0,
+        waiting: HashMap::new(),
         quitting: false,
         kill_at,
         ending: None,
@@ -219,13 +232,11 @@ impl Session {
             };
             match event {
                 Ok(Heard::Vm(Message::Event(e))) => self.vm_event(e),
-                Ok(Heard::Vm(Message::Reply {
-                    outcome: Outcome::Failed(why),
-                    ..
-                })) => {
-                    self.say(&why);
+                Ok(Heard::Vm(Message::Reply { id, outcome })) => self.reply(id, outcome),
+                Ok(Heard::Asked(command, outcome)) => {
+                    let id = self.ask(command);
+                    self.waiting.insert(id, outcome);
                 }
-                Ok(Heard::Vm(Message::Reply { .. })) => {}
                 Ok(Heard::Typed(t)) => self.typed(t),
                 Ok(Heard::Signal(s)) => self.signal(s),
                 Ok(Heard::VmGone(e)) => {
@@ -249,6 +260,20 @@ impl Session {
         }
     }
 
+    fn reply(&mut self, id: u64, outcome: Outcome) {
+        match (self.waiting.remove(&id), outcome) {
+            // One who asked and went away does not want to know.
+            (Some(to), outcome) => drop(to.try_send(outcome)),
+            (None, Outcome::Failed(why)) => self.say(&why),
+            (None, Outcome::Tree(tree)) => {
+                let text = ctl::show(&tree).replace('\n', self.newline());
+                let mut out = std::io::stdout();
+                let _ = write!(out, "{}{text}", self.newline()).and_then(|()| out.flush());
+            }
+            (None, Outcome::Done) => {}
+        }
+    }
+
     fn typed(&mut self, typed: Typed) {
         match typed {
             Typed::Bytes(_) => {}
@@ -258,9 +283,12 @@ impl Session {
                 let _ = write!(out, "{}{text}", self.newline()).and_then(|()| out.flush());
             }
             Typed::Quit => self.quit(),
-            Typed::Break => self.ask(Command::Break),
-            Typed::Reset => self.ask(Command::Reset),
-            Typed::PowerButton => self.ask(Command::PowerButton),
+            Typed::Break => drop(self.ask(Command::Break)),
+            Typed::Reset => drop(self.ask(Command::Reset)),
+            Typed::PowerButton => drop(self.ask(Command::PowerButton)),
+            Typed::Inspect => drop(self.ask(Command::Inspect {
+                path: String::new(),
+            })),
         }
     }
 
@@ -293,7 +321,8 @@ impl Session {
         self.kill_at = Some(self.kill_at.map_or(at, |k| k.min(at)));
     }
 
-    fn ask(&mut self, command: Command) {
+    /// Sends a request; its id.
+    fn ask(&mut self, command: Command) -> u64 {
         self.next_id += 1;
         // A VM process that is gone is noticed by its reader.
         let _ = control::send(
@@ -303,6 +332,7 @@ impl Session {
                 command,
             },
         );
+        self.next_id
     }
 
     fn newline(&self) -> &'static str {

@@ -4,6 +4,7 @@
 //! one VM.
 
 mod args;
+mod ctl;
 mod doctor;
 mod escape;
 mod exit;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let code = match cli.command {
         Command::Run(args) => run(&args),
+        Command::Ctl(args) => ctl::run(args),
         Command::Doctor => doctor::run(),
         Command::Vmm => vmm(),
     };
@@ -70,7 +72,7 @@ fn run(args: &RunArgs) -> u8 {
     if let Some(errors) = errors_of(&spec, true) {
         return complain(&errors);
     }
-    match front::run(spec, &args.log) {
+    match front::run(spec, &args.log, args.control.as_deref()) {
         Ok(code) => code,
         Err(e) => {
             terminal::restore();

@@ -441,8 +441,15 @@ pub fn load(section: &Section, features: u64) -> Result<CpuState, StateError> {
 }
 
 const CR4_KNOWN: u64 = 0x7f_ffff | cr4::PKE | 1 << 23 | 1 << 24 | 1 << 28;
-const EFER_KNOWN: u64 =
-    efer::SCE | efer::LME | efer::LMA | efer::NXE | efer::SVME | efer::FFXSR | 1 << 13 | 1 << 15;
+const EFER_KNOWN: u64 = efer::SCE
+    | efer::LME
+    | efer::LMA
+    | efer::NXE
+    | efer::SVME
+    | efer::FFXSR
+    | efer::AUTOIBRS
+    | 1 << 13
+    | 1 << 15;
 const CR0_KNOWN: u64 = cr0::PE
     | cr0::MP
     | cr0::EM

@@ -27,8 +27,11 @@ pub use self::count::BUS_KHZ;
 pub use self::deliver::{deliver_msi, lint0_edge};
 pub use self::msr::{msr_read, msr_write, set_apic_base};
 pub(crate) use self::timer::TimeKeeper;
-pub use self::timer::{clock_changed, poll_timer, start_timer_thread, time_to_timer};
-pub use self::tsc::{guest_tsc, host_tsc_khz, initial_tsc_offset, set_guest_tsc, sleep_precisely};
+pub use self::timer::{clock_changed, clock_runs, poll_timer, start_timer_thread, time_to_timer};
+pub use self::tsc::{
+    TscStand, guest_tsc, host_tsc_khz, initial_tsc_offset, saved_tsc, set_guest_tsc,
+    sleep_precisely, vcpu_starts, vcpu_stops,
+};
 
 /// One local APIC. Interior lock: any thread may deliver to it.
 pub struct Apic {

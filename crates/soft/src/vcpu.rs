@@ -9,14 +9,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use pyrite_engine::{EngineError, StopReason, Vcpu};
+use pyrite_state::Inspect;
 use pyrite_x86::bits::{rflags, vector};
-use pyrite_x86::{Activity, CpuState, InterruptShadow};
+use pyrite_x86::{Activity, CpuState, InterruptShadow, sreg};
 
 use crate::exception::Trap;
 use crate::frame::Frame;
 use crate::mmu::TlbNotes;
 use crate::vm::{VcpuShared, VmShared, event, lock};
 use crate::{apic, interp, kvmclock, sys, xlate};
+
+/// Events that change the state of the processor when they are taken.
+const SIGNALS: u32 = event::INIT | event::SIPI | event::NMI;
 
 /// The frame of this vCPU.
 pub struct FrameRef(NonNull<Frame>);
@@ -153,6 +157,18 @@ impl SoftVcpu {
         if events & event::DROP_WRITE != 0 {
             self.drop_write_entries();
         }
+        self.take_signals(events);
+        if events & event::SAMPLE != 0 {
+            self.shared().show(self.counters());
+        }
+        if events & (event::INTERRUPT | event::TIMER) != 0 {
+            self.irq_waiting = true;
+        }
+        (events & event::STOP != 0).then_some(StopReason::Requested)
+    }
+
+    /// What comes to the processor's pins: INIT, start-up IPI, NMI.
+    fn take_signals(&mut self, events: u32) {
         if events & event::INIT != 0 {
             sys::event::init(self);
         }
@@ -163,10 +179,45 @@ impl SoftVcpu {
         if events & event::NMI != 0 {
             self.frame.cpu.nmi_pending = true;
         }
-        if events & (event::INTERRUPT | event::TIMER) != 0 {
-            self.irq_waiting = true;
-        }
-        (events & event::STOP != 0).then_some(StopReason::Requested)
+    }
+
+    /// What the vCPU shows of itself.
+    fn counters(&self) -> Inspect {
+        let (c, s, x) = (&self.frame.cpu, &self.stats, &self.xlate.stats);
+        let cache = self.xlate.cache_use();
+        Inspect::node([
+            ("activity", Inspect::Text(format!("{:?}", c.activity))),
+            ("cs-base", Inspect::Hex(c.seg[sreg::CS].base)),
+            ("rip", Inspect::Hex(c.rip)),
+            ("rflags", Inspect::Hex(c.rflags)),
+            ("cr0", Inspect::Hex(c.cr0)),
+            ("cr3", Inspect::Hex(c.cr3)),
+            ("cr4", Inspect::Hex(c.cr4)),
+            ("efer", Inspect::Hex(c.efer)),
+            ("interpreted", Inspect::Uint(s.interpreted)),
+            ("interrupts", Inspect::Uint(s.interrupts)),
+            ("exceptions", Inspect::Uint(s.exceptions)),
+            ("halts", Inspect::Uint(s.halts)),
+            ("mmio-reads", Inspect::Uint(s.mmio_reads)),
+            ("mmio-writes", Inspect::Uint(s.mmio_writes)),
+            ("tlb-flushes", Inspect::Uint(s.tlb_flushes)),
+            (
+                "translator",
+                Inspect::node([
+                    ("blocks", Inspect::Uint(x.blocks)),
+                    ("guest-instructions", Inspect::Uint(x.guest_insns)),
+                    ("enters", Inspect::Uint(x.enters)),
+                    ("lookups", Inspect::Uint(x.lookups)),
+                    ("links", Inspect::Uint(x.links)),
+                    ("polls", Inspect::Uint(x.polls)),
+                    ("interpreted", Inspect::Uint(x.interpreted)),
+                    ("slow-memory", Inspect::Uint(x.slow_memory)),
+                    ("signals", Inspect::Uint(x.signals)),
+                    ("stale-pages", Inspect::Uint(x.stale_pages)),
+                    ("cache-bytes", Inspect::Uint(cache as u64)),
+                ]),
+            ),
+        ])
     }
 
     /// Delivers an NMI or interrupt if one can be taken now. True if something was delivered.
@@ -271,6 +322,8 @@ impl SoftVcpu {
 impl Vcpu for SoftVcpu {
     fn run(&mut self) -> StopReason {
         let vm = Arc::clone(&self.vm);
+        apic::vcpu_starts(&vm);
+        self.shared().set_running(true);
         xlate::prepare_thread();
         apic::sleep_precisely();
         self.shared().enter_guest(&vm);
@@ -278,27 +331,25 @@ impl Vcpu for SoftVcpu {
         kvmclock::refresh(self);
         let reason = self.run_loop();
         self.shared().leave_guest();
+        self.shared().show(self.counters());
+        self.shared().set_running(false);
+        apic::vcpu_stops(&vm);
         reason
     }
 
     fn state(&mut self) -> Result<CpuState, EngineError> {
+        // Signals that came after the vCPU stopped belong to the state: it takes them now.
+        let events = self.shared().events.fetch_and(!SIGNALS, Ordering::SeqCst);
+        self.take_signals(events);
         let mut s = self.frame.cpu.clone();
-        let me = self.shared();
-        s.apic = me.apic.save();
-        s.tsc = apic::guest_tsc(&self.vm);
-        // What is latched in the event flags belongs to the state.
-        let events = me.events.load(Ordering::SeqCst);
-        s.nmi_pending |= events & event::NMI != 0;
-        if events & event::INIT != 0 {
-            s.activity = Activity::WaitForSipi;
-        }
-        if events & event::SIPI != 0 {
-            s.sipi_pending = Some(me.sipi_vector.load(Ordering::SeqCst) as u8);
-        }
+        s.apic = self.shared().apic.save();
+        s.tsc = apic::saved_tsc(&self.vm);
         Ok(s)
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        // Nothing of the time before may reach the new state.
+        self.shared().events.fetch_and(!SIGNALS, Ordering::SeqCst);
         self.load(state);
         apic::set_guest_tsc(&self.vm, state.tsc);
         if let Some(v) = state.sipi_pending {

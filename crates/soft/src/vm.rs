@@ -2,9 +2,11 @@
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use pyrite_engine::{CpuIo, CpuidTable, EngineCaps, EngineError, Vcpu, VcpuControl, Vm, VmConfig};
 use pyrite_mem::{CodeListener, GuestMemory};
+use pyrite_state::Inspect;
 
 use crate::apic::Apic;
 use crate::frame::FrameMapping;
@@ -30,6 +32,8 @@ pub mod event {
     pub const DROP_WRITE: u32 = 1 << 7;
     /// The APIC timer may have expired.
     pub const TIMER: u32 = 1 << 8;
+    /// Somebody wants to see the counters.
+    pub const SAMPLE: u32 = 1 << 9;
 }
 
 /// How the engine is tuned and tested.
@@ -75,7 +79,22 @@ pub struct VcpuShared {
     pub in_guest: AtomicBool,
     parked: Mutex<bool>,
     wake: Condvar,
+    sample: Mutex<Sample>,
+    sampled: Condvar,
 }
+
+/// What a vCPU shows of itself: the latest copy, which it makes when asked.
+#[derive(Default)]
+struct Sample {
+    /// Inside `run`.
+    running: bool,
+    /// Copies made.
+    count: u64,
+    tree: Option<Inspect>,
+}
+
+/// How long a vCPU may take to show its counters; one that waits in a device takes longer.
+const SAMPLE_WITHIN: Duration = Duration::from_millis(100);
 
 impl VcpuShared {
     /// Raises events and makes the vCPU look.
@@ -86,6 +105,36 @@ impl VcpuShared {
         if *parked {
             self.wake.notify_all();
         }
+    }
+
+    /// Notes that the vCPU is inside `run` or has left it.
+    pub(crate) fn set_running(&self, running: bool) {
+        lock(&self.sample).running = running;
+    }
+
+    /// Takes a copy of what the vCPU shows of itself.
+    pub(crate) fn show(&self, tree: Inspect) {
+        let mut s = lock(&self.sample);
+        s.count += 1;
+        s.tree = Some(tree);
+        self.sampled.notify_all();
+    }
+
+    /// What the vCPU shows of itself, fresh if it answers in time.
+    fn inspect(&self) -> Inspect {
+        let mut s = lock(&self.sample);
+        if s.running {
+            let count = s.count;
+            drop(s);
+            self.raise(event::SAMPLE);
+            s = lock(&self.sample);
+            s = self
+                .sampled
+                .wait_timeout_while(s, SAMPLE_WITHIN, |s| s.count == count && s.running)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        s.tree.clone().unwrap_or(Inspect::Node(Vec::new()))
     }
 
     /// Waits until an event is raised or `timeout` has passed.
@@ -127,6 +176,8 @@ pub struct VmShared {
     pub cpuid: CpuidTable,
     /// Guest TSC = host TSC + this, in cycles.
     pub tsc_offset: AtomicI64,
+    /// The guest TSC while no vCPU runs.
+    pub tsc_stand: crate::apic::TscStand,
     /// Frequency of the TSC in kHz.
     pub tsc_khz: u64,
     /// Width of a guest-physical address in bits.
@@ -168,6 +219,8 @@ impl VmShared {
                 in_guest: AtomicBool::new(false),
                 parked: Mutex::new(false),
                 wake: Condvar::new(),
+                sample: Mutex::default(),
+                sampled: Condvar::new(),
             });
         }
         let tsc_khz = crate::apic::host_tsc_khz();
@@ -183,6 +236,7 @@ impl VmShared {
             clock: config.clock,
             cpuid: config.cpuid,
             tsc_offset: AtomicI64::new(crate::apic::initial_tsc_offset()),
+            tsc_stand: crate::apic::TscStand::default(),
             tsc_khz,
             maxphyaddr,
             options,
@@ -317,6 +371,17 @@ impl SoftVm {
     }
 }
 
+impl SoftVm {
+    /// The vCPU `index` by its own type, once: for tests that reach into its state between runs
+    /// without the cost of [`Vcpu::set_state`]. Otherwise as [`Vm::take_vcpu`].
+    pub fn take_soft_vcpu(&self, index: u32) -> Result<Box<SoftVcpu>, EngineError> {
+        lock(&self.vcpus)
+            .get_mut(index as usize)
+            .and_then(Option::take)
+            .ok_or_else(|| EngineError::Internal(format!("vCPU {index} is not there or was taken")))
+    }
+}
+
 #[cfg(test)]
 impl SoftVm {
     /// The vCPU itself, for tests of the parts.
@@ -343,15 +408,7 @@ impl Vm for SoftVm {
         &self.caps
     }
     fn take_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
-        match lock(&self.vcpus)
-            .get_mut(index as usize)
-            .and_then(Option::take)
-        {
-            Some(v) => Ok(v),
-            None => Err(EngineError::Internal(format!(
-                "vCPU {index} is not there or was taken"
-            ))),
-        }
+        self.take_soft_vcpu(index).map(|v| v as Box<dyn Vcpu>)
     }
     fn control(&self, index: u32) -> Arc<dyn VcpuControl> {
         Arc::new(Control {
@@ -381,10 +438,16 @@ impl Vm for SoftVm {
             v.raise(event::DROP_WRITE);
         }
     }
-    fn inspect(&self) -> pyrite_state::Inspect {
-        pyrite_state::Inspect::node([
-            ("engine", pyrite_state::Inspect::Text("soft".to_owned())),
-            ("tsc_khz", pyrite_state::Inspect::Uint(self.shared.tsc_khz)),
-        ])
+    fn inspect(&self) -> Inspect {
+        let shared = &self.shared;
+        let exclusive = shared.exclusive_count.load(Ordering::Relaxed);
+        let mut children = vec![
+            ("tsc-khz".to_owned(), Inspect::Uint(shared.tsc_khz)),
+            ("exclusive-sections".to_owned(), Inspect::Uint(exclusive)),
+        ];
+        for (n, v) in shared.vcpus.iter().enumerate() {
+            children.push((format!("vcpu{n}"), v.inspect()));
+        }
+        Inspect::Node(children)
     }
 }

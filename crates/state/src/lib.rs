@@ -9,6 +9,8 @@
 
 use minicbor::{Decode, Encode};
 
+pub mod container;
+
 /// Why state could not be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {

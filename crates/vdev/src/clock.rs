@@ -32,6 +32,8 @@ struct Inner {
     armed: Vec<Armed>,
     targets: Vec<(u64, Weak<dyn TimerTarget>)>,
     next_id: u64,
+    /// A target is being called.
+    firing: bool,
     stopping: bool,
 }
 
@@ -49,6 +51,7 @@ impl Default for VmClock {
                 armed: Vec::new(),
                 targets: Vec::new(),
                 next_id: 0,
+                firing: false,
                 stopping: false,
             }),
             changed: std::sync::Condvar::new(),
@@ -100,11 +103,17 @@ impl VmClock {
         self.changed.notify_all();
     }
 
-    /// Stops time.
+    /// Stops time. No timer fires after that; a call that has begun is waited for, so the caller
+    /// must not hold what it needs.
     pub fn stop(&self) {
         let mut i = lock(&self.inner);
         i.source = Source::Stopped { at_ns: i.now() };
         self.changed.notify_all();
+        drop(
+            self.changed
+                .wait_while(i, |i| i.firing)
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        );
     }
 
     /// Sets guest time (restore). Only while stopped; ignored otherwise.
@@ -161,9 +170,12 @@ impl VmClock {
             let running = matches!(i.source, Source::Running { .. });
             if running && let Some(t) = i.take_due() {
                 let now = i.now();
+                i.firing = true;
                 drop(i);
                 t.fire(now);
                 i = lock(&self.inner);
+                i.firing = false;
+                self.changed.notify_all();
                 continue;
             }
             let now = i.now();

@@ -57,17 +57,7 @@ pub fn choose(kind: EngineKind) -> (Engine, String) {
 
 /// What a guest of this engine is told about its processor; a wrong model is described.
 pub fn guest_cpuid(engine: Engine, model: &str, vcpus: u32) -> Result<CpuidTable, String> {
-    let (host, kind) = match engine {
-        Engine::Soft => {
-            // The guest's TSC is the host's; its frequency is not always known.
-            let tsc_khz = pyrite_soft::apic::host_tsc_khz();
-            (HostCpuid::read(tsc_khz), cpuid::EngineKind::Soft)
-        }
-        Engine::Kvm => {
-            let (table, tsc_khz) = kvm_cpuid()?;
-            (HostCpuid { table, tsc_khz }, cpuid::EngineKind::Kvm)
-        }
-    };
+    let (host, kind) = host(engine)?;
     let guest =
         cpuid::guest_cpuid(model, &host, kind, vcpus).map_err(|e: CpuidError| e.to_string())?;
     if !guest.dropped.is_empty() {
@@ -78,6 +68,43 @@ pub fn guest_cpuid(engine: Engine, model: &str, vcpus: u32) -> Result<CpuidTable
         );
     }
     Ok(guest.table)
+}
+
+/// The processor that an engine has to offer.
+fn host(engine: Engine) -> Result<(HostCpuid, cpuid::EngineKind), String> {
+    Ok(match engine {
+        Engine::Soft => {
+            // The guest's TSC is the host's; its frequency is not always known.
+            let tsc_khz = pyrite_soft::apic::host_tsc_khz();
+            (HostCpuid::read(tsc_khz), cpuid::EngineKind::Soft)
+        }
+        Engine::Kvm => {
+            let (table, tsc_khz) = kvm_cpuid()?;
+            (HostCpuid { table, tsc_khz }, cpuid::EngineKind::Kvm)
+        }
+    })
+}
+
+/// Whether a guest that was told `saved` of its processor can go on here; if not, why.
+pub fn can_continue(engine: Engine, saved: &CpuidTable) -> Result<(), String> {
+    let (host, kind) = host(engine)?;
+    let theirs = HostCpuid {
+        table: saved.clone(),
+        tsc_khz: 0,
+    };
+    let here = cpuid::available(&host, kind, theirs.vendor());
+    let missing: Vec<&str> = cpuid::FEATURES
+        .iter()
+        .filter(|f| saved.has(f) && !here.has(f.name))
+        .map(|f| f.name)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(format!(
+        "its guest uses processor features that are not available here: {}",
+        missing.join(" ")
+    ))
 }
 
 /// What KVM offers here; the frequency is filled in by the engine.

@@ -25,6 +25,9 @@ use pyrite_virtio::{
 use crate::engines::Engine;
 use crate::run::console::Console;
 
+#[cfg(test)]
+mod tests;
+
 /// First PCI slot of configured devices.
 const FIRST_SLOT: u8 = 1;
 /// Context id of the guest on its vsock: the first that is not reserved.
@@ -316,7 +319,7 @@ fn user_network(spec: &NetSpec) -> Result<Arc<dyn NetBackend>, AssemblyError> {
         .collect();
     let config = UsernetConfig {
         forwards,
-        host_loopback: spec.host_access,
+        host_loopback: spec.host_loopback,
         ..UsernetConfig::default()
     };
     let net = Usernet::new(config).map_err(|e| input("net.forwards", e.to_string()))?;

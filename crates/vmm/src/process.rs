@@ -73,13 +73,14 @@ fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
     if !now.net.forwards.is_empty() {
         net.forwards = now.net.forwards.clone();
     }
-    // A permission of this host, which no file can give.
-    net.host_access = now.net.host_access;
+    // A grant is given by who runs the VM, not by a file.
+    net.host_loopback = now.net.host_loopback;
     VmSpec {
         engine: now.engine,
         reset: now.reset,
         time_limit_ms: now.time_limit_ms,
         restore: now.restore.clone(),
+        paused: now.paused,
         net,
         ..saved
     }
@@ -114,7 +115,12 @@ fn assemble(
     };
     let (engine, why) = engines::choose(spec.engine);
     let cpuid = match &manifest {
-        Some(m) => m.cpuid(),
+        Some(m) => {
+            let cpuid = m.cpuid();
+            engines::can_continue(engine, &cpuid)
+                .map_err(|e| AssemblyError::Input(vec![SpecError::new("restore", e)]))?;
+            cpuid
+        }
         None => engines::guest_cpuid(engine, &spec.cpu_model, spec.cpus)
             .map_err(|e| AssemblyError::Input(vec![SpecError::new("cpu_model", e)]))?,
     };

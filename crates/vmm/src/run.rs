@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail};
 use pyrite_api::control::{
     self, Command, Ending, Event as Notice, Message, Outcome, Request, Tree,
 };
-use pyrite_api::v1::{ResetPolicy, SNAPSHOT_FORMAT, SnapshotManifest, VmSpec};
+use pyrite_api::v1::{ResetPolicy, SNAPSHOT_FORMAT, SnapshotManifest, SpecError, VmSpec};
 use pyrite_engine::{StopReason, saved};
 use pyrite_state::Inspect;
 use pyrite_vdev::MachineEvents;
@@ -98,6 +98,10 @@ impl GuestRequests {
     }
     fn take(&self) -> u32 {
         self.bits.swap(0, Ordering::AcqRel)
+    }
+    /// Something waits for the driver.
+    fn any(&self) -> bool {
+        self.bits.load(Ordering::Acquire) != 0
     }
 }
 
@@ -224,13 +228,20 @@ fn failed(e: &anyhow::Error) -> Ending {
 impl Running {
     fn until_the_end(&mut self) -> Ending {
         let begun = match self.d.spec.restore.clone() {
-            Some(dir) => self.restore(&dir).map_err(|e| failed(&e)),
+            Some(dir) => self.restore(&dir).map_err(|e| Ending::BadInput {
+                errors: vec![SpecError::new(
+                    "restore",
+                    format!("{}: {e:#}", dir.display()),
+                )],
+            }),
             None => self.boot(),
         };
         if let Err(ending) = begun {
             return ending;
         }
-        self.run();
+        if !self.d.spec.paused {
+            self.run();
+        }
         let (engine, why) = (self.d.engine.0.to_owned(), self.d.engine.1.clone());
         self.notice(Notice::Started { engine, why });
         let limit = self
@@ -460,11 +471,20 @@ impl Running {
         self.running = true;
     }
 
-    /// Stops everything and waits until nothing is in flight.
+    /// Stops everything and waits until nothing is in flight. If that fails, the VM goes on.
     fn pause(&mut self) -> Result<()> {
         if !self.running {
             return Ok(());
         }
+        let stopped = self.stop_all();
+        self.running = false;
+        if stopped.is_err() {
+            self.run();
+        }
+        stopped
+    }
+
+    fn stop_all(&mut self) -> Result<()> {
         self.d.machine.console.release(true);
         self.stop_vcpus()?;
         self.d.machine.clock.stop();
@@ -481,7 +501,6 @@ impl Running {
                 std::thread::sleep(Duration::from_micros(200));
             }
         }
-        self.running = false;
         Ok(())
     }
 
@@ -574,6 +593,10 @@ impl Running {
     }
 
     fn save(&self, dir: &std::path::Path) -> Result<()> {
+        if self.d.guest.any() {
+            // The wish is not part of any unit's state; it is granted a moment later.
+            bail!("the guest is just being reset or switched off");
+        }
         let m = &self.d.machine;
         let mut sections = Vec::new();
         for index in 0..m.vcpus {
@@ -585,12 +608,11 @@ impl Running {
         let manifest = SnapshotManifest {
             format: SNAPSHOT_FORMAT,
             board: crate::board::BOARD_VERSION,
-            spec: VmSpec {
-                restore: None,
-                ..self.d.spec.clone()
-            },
+            spec: portable(&self.d.spec)?,
             engine: self.d.engine.0.to_owned(),
             clock_ns: m.clock.now_ns(),
+            state_crc: 0,
+            memory_crc: 0,
             cpuid: snapshot::cpuid_rows(&m.cpuid),
         };
         snapshot::write(dir, &manifest, &sections, &m.memory)
@@ -599,11 +621,11 @@ impl Running {
     /// Takes a snapshot over into this machine, which is new.
     fn restore(&mut self, dir: &std::path::Path) -> Result<()> {
         let manifest = snapshot::Manifest::read(dir).map_err(anyhow::Error::msg)?;
-        let mut sections = snapshot::read_sections(dir)?;
+        let mut sections = snapshot::read_sections(dir, &manifest)?;
         let m = &self.d.machine;
         m.clock.set_ns(manifest.0.clock_ns);
         self.booted_at_ns = manifest.0.clock_ns;
-        snapshot::read_memory(dir, &m.memory)?;
+        snapshot::read_memory(dir, &manifest, &m.memory)?;
         let mut take = |unit: &str| {
             let at = sections.iter().position(|s| s.unit == unit);
             at.map(|n| sections.remove(n))
@@ -628,6 +650,25 @@ impl Running {
         m.chipset.pci.refresh();
         Ok(())
     }
+}
+
+/// A specification that means the same wherever it is read.
+fn portable(spec: &VmSpec) -> Result<VmSpec> {
+    let mut s = VmSpec {
+        restore: None,
+        paused: false,
+        ..spec.clone()
+    };
+    let boot = &mut s.boot;
+    let files = [&mut boot.kernel].into_iter().chain(&mut boot.initrd);
+    let files = files.chain(boot.modules.iter_mut().map(|m| &mut m.path));
+    let files = files.chain(s.disks.iter_mut().map(|d| &mut d.path));
+    for path in files.chain(&mut s.vsock) {
+        if !path.as_os_str().is_empty() {
+            *path = std::path::absolute(&path).context("the working directory")?;
+        }
+    }
+    Ok(s)
 }
 
 fn vcpu_unit(index: u32) -> String {

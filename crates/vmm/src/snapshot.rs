@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! manifest.json  what the VM is; written last, so a directory without it is incomplete
-//! state          sections of all units and vCPUs: magic, CRC-32C, CBOR
+//! state          sections of all units and vCPUs, see [`container`]
 //! memory         RAM by RAM offset, sparse
 //! ```
 //!
@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail};
 use pyrite_api::v1::SnapshotManifest;
 use pyrite_engine::{CpuidEntry, CpuidTable};
 use pyrite_mem::GuestMemory;
-use pyrite_state::Section;
+use pyrite_state::{Section, container};
 
 #[cfg(test)]
 mod tests;
@@ -25,10 +25,6 @@ mod tests;
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
-/// Magic and version of the state file.
-const MAGIC: &[u8; 8] = b"PYRITE\x00\x01";
-/// LIMIT: bytes of a state file.
-const MAX_STATE_BYTES: u64 = 256 << 20;
 /// LIMIT: bytes of a manifest.
 const MAX_MANIFEST_BYTES: u64 = 16 << 20;
 /// Memory is copied in pieces of this size; a piece of zeroes is not written.
@@ -121,34 +117,42 @@ fn write_files(
     sections: &[Section],
     memory: &GuestMemory,
 ) -> Result<()> {
-    let body = minicbor::to_vec(sections).context("cannot encode the state")?;
+    let bytes = container::write(sections).context("cannot encode the state")?;
     let mut state = File::create_new(dir.join(STATE)).context("cannot make the state file")?;
-    state.write_all(MAGIC).context("cannot write the state")?;
-    state
-        .write_all(&crc32c::crc32c(&body).to_le_bytes())
-        .context("cannot write the state")?;
-    state.write_all(&body).context("cannot write the state")?;
+    state.write_all(&bytes).context("cannot write the state")?;
     state.sync_all().context("cannot write the state")?;
 
     let out = File::create_new(dir.join(MEMORY)).context("cannot make the memory file")?;
     out.set_len(memory.size_bytes())
         .context("cannot size the memory file")?;
+    let mut crc = 0;
+    let ram = memory
+        .fd()
+        .try_clone()
+        .context("cannot read guest memory")?;
+    let ram = File::from(ram);
     let mut piece = vec![0; PIECE];
     for r in memory.regions() {
         for at in (0..r.size_bytes).step_by(PIECE) {
             let n = (r.size_bytes - at).min(PIECE as u64) as usize;
             let part = piece.get_mut(..n).unwrap_or_default();
-            memory
-                .read(r.gpa + at, part)
+            // Through the file: reading what the guest never touched takes no memory.
+            ram.read_exact_at(part, r.ram_offset + at)
                 .context("cannot read guest memory")?;
             if part.iter().any(|b| *b != 0) {
                 out.write_all_at(part, r.ram_offset + at)
                     .context("cannot write the memory")?;
+                crc = add_piece(crc, part, r.ram_offset + at);
             }
         }
     }
     out.sync_all().context("cannot write the memory")?;
 
+    let manifest = SnapshotManifest {
+        state_crc: crc32c::crc32c(&bytes),
+        memory_crc: crc,
+        ..manifest.clone()
+    };
     let text = manifest.to_json().map_err(anyhow::Error::msg)?;
     let mut file = File::create_new(dir.join(MANIFEST)).context("cannot make the manifest")?;
     file.write_all(text.as_bytes())
@@ -156,31 +160,33 @@ fn write_files(
     file.sync_all().context("cannot write the manifest")
 }
 
+/// The checksum of memory with one more piece.
+fn add_piece(crc: u32, piece: &[u8], offset: u64) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c_append(crc, piece), &offset.to_le_bytes())
+}
+
 /// Reads the sections of a snapshot.
-pub fn read_sections(dir: &Path) -> Result<Vec<Section>> {
-    let mut file = File::open(dir.join(STATE)).context("cannot open the state file")?;
-    let size = file.metadata().context("cannot read the state file")?.len();
-    if size > MAX_STATE_BYTES {
+pub fn read_sections(dir: &Path, manifest: &Manifest) -> Result<Vec<Section>> {
+    let file = File::open(dir.join(STATE)).context("cannot open the state file")?;
+    let mut bytes = Vec::new();
+    // One byte more than allowed shows that there is more.
+    file.take(container::MAX_CONTAINER_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)
+        .context("cannot read the state file")?;
+    if bytes.len() > container::MAX_CONTAINER_BYTES {
         bail!("the state file is too large");
     }
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)
-        .context("cannot read the state file")?;
-    let Some(rest) = bytes.strip_prefix(MAGIC) else {
-        bail!("this is no state file")
-    };
-    let Some((crc, body)) = rest.split_first_chunk::<4>() else {
-        bail!("the state file is truncated");
-    };
-    if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
-        bail!("the state file is damaged");
+    let sections = container::read(&bytes)?;
+    if crc32c::crc32c(&bytes) != manifest.0.state_crc {
+        bail!("the state file does not belong to the manifest");
     }
-    minicbor::decode(body).map_err(|e| anyhow::anyhow!("the state file is damaged: {e}"))
+    Ok(sections)
 }
 
 /// Fills zeroed memory from a snapshot.
-pub fn read_memory(dir: &Path, memory: &GuestMemory) -> Result<()> {
+pub fn read_memory(dir: &Path, manifest: &Manifest, memory: &GuestMemory) -> Result<()> {
     let file = File::open(dir.join(MEMORY)).context("cannot open the memory file")?;
+    let mut crc = 0;
     let mut piece = vec![0; PIECE];
     for r in memory.regions() {
         for at in (0..r.size_bytes).step_by(PIECE) {
@@ -192,8 +198,12 @@ pub fn read_memory(dir: &Path, memory: &GuestMemory) -> Result<()> {
                 memory
                     .write(r.gpa + at, part)
                     .context("cannot write guest memory")?;
+                crc = add_piece(crc, part, r.ram_offset + at);
             }
         }
+    }
+    if crc != manifest.0.memory_crc {
+        bail!("the memory file is damaged");
     }
     Ok(())
 }

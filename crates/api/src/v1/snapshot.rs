@@ -21,6 +21,11 @@ pub struct SnapshotManifest {
     pub engine: String,
     /// Guest time in ns.
     pub clock_ns: u64,
+    /// CRC-32C of the state file, so that files of two snapshots are not mixed.
+    pub state_crc: u32,
+    /// CRC-32C of the memory file: of its 64 KiB pieces that are not all zero, each followed by
+    /// its offset as 8 bytes, little-endian.
+    pub memory_crc: u32,
     /// CPUID table: leaf, sub-leaf, depends on sub-leaf (0 or 1), EAX, EBX, ECX, EDX.
     pub cpuid: Vec<[u32; 7]>,
 }

@@ -588,7 +588,8 @@ impl Regs {
         r[reg::IRR0..reg::IRR0 + 8].copy_from_slice(&self.irr);
         // What a write to ESR would latch is not architecturally visible: it is kept in the high
         // half, which reads as zero on hardware.
-        r[reg::ESR] = self.esr | self.errors << 16;
+        // An ExtINT message that waits likewise.
+        r[reg::ESR] = self.esr | self.errors << 16 | u32::from(self.extint) << 31;
         r[reg::ICR_LOW] = self.icr as u32;
         r[reg::ICR_HIGH] = (self.icr >> 32) as u32;
         r[reg::LVT_TIMER..=reg::LVT_ERROR].copy_from_slice(&self.lvt);
@@ -639,7 +640,7 @@ impl Regs {
         } else {
             0
         };
-        self.extint = false;
+        self.extint = r[reg::ESR] >> 31 != 0;
         // A one-shot count that has come to 0 has also fired.
         let counting = self.periodic() || r[reg::CURRENT_COUNT] != 0;
         if s.timer_start_ns != 0 && counting && !self.deadline_mode() {

@@ -153,6 +153,13 @@ pub fn clock_changed(vm: &VmShared) {
     }
 }
 
+/// Guest time runs again: the timer thread plans anew.
+pub fn clock_runs(vm: &VmShared) {
+    if let Some(keeper) = vm.vcpus.first().and_then(|v| v.apic.keeper()) {
+        keeper.kick();
+    }
+}
+
 /// Starts the thread that watches the APIC timers of running vCPUs.
 pub fn start_timer_thread(vm: &Arc<VmShared>) -> Result<(), EngineError> {
     let keeper = Arc::new(TimeKeeper {

@@ -2,15 +2,18 @@
 //!
 //! Guest TSC of a vCPU = host TSC + offset of the VM + IA32_TSC_ADJUST of the vCPU.
 //! Intel SDM Vol. 3B §17.17.
+//!
+//! While no vCPU runs, the TSC advances exactly as guest time does, which stands still during a
+//! pause: a guest that compares its clocks must not find that one of them has jumped.
 
 // UNSAFETY: RDTSC and prctl are unsafe functions by their signatures only.
 #![allow(unsafe_code, reason = "RDTSC and prctl")]
 
-use std::sync::OnceLock;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::vm::VmShared;
+use crate::vm::{VmShared, lock};
 
 /// The host's TSC.
 #[inline]
@@ -75,16 +78,93 @@ pub fn initial_tsc_offset() -> i64 {
     0i64.wrapping_sub_unsigned(host_tsc())
 }
 
+/// The TSC between runs.
+#[derive(Default)]
+pub struct TscStand {
+    /// No vCPU runs: `tsc` counts, not the host's.
+    stands: AtomicBool,
+    /// The guest TSC when it came to stand.
+    tsc: AtomicU64,
+    since: Mutex<Since>,
+}
+
+#[derive(Default)]
+struct Since {
+    /// vCPUs that run.
+    running: u32,
+    /// Guest time in ns that belongs to `TscStand::tsc`.
+    at_ns: u64,
+}
+
+impl TscStand {
+    /// The TSC that belongs to guest time now.
+    fn standing(&self, vm: &VmShared, since: &Since) -> u64 {
+        let ns = (vm.clock)().saturating_sub(since.at_ns);
+        let tsc = self.tsc.load(Ordering::SeqCst);
+        tsc.wrapping_add(ns_to_cycles(ns, vm.tsc_khz))
+    }
+
+    fn stand(&self, vm: &VmShared, since: &mut Since, tsc: u64) {
+        since.at_ns = (vm.clock)();
+        self.tsc.store(tsc, Ordering::SeqCst);
+        self.stands.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A vCPU begins to run.
+pub fn vcpu_starts(vm: &VmShared) {
+    let stand = &vm.tsc_stand;
+    let mut since = lock(&stand.since);
+    since.running += 1;
+    if stand.stands.load(Ordering::SeqCst) {
+        let offset = stand.standing(vm, &since).wrapping_sub(host_tsc());
+        vm.tsc_offset.store(offset as i64, Ordering::SeqCst);
+        stand.stands.store(false, Ordering::SeqCst);
+        super::clock_runs(vm);
+    }
+}
+
+/// A vCPU has come back.
+pub fn vcpu_stops(vm: &VmShared) {
+    let stand = &vm.tsc_stand;
+    let mut since = lock(&stand.since);
+    since.running = since.running.saturating_sub(1);
+    if since.running == 0 {
+        let tsc = guest_tsc(vm);
+        stand.stand(vm, &mut since, tsc);
+    }
+}
+
+/// The guest TSC that belongs to the state of a stopped vCPU.
+pub fn saved_tsc(vm: &VmShared) -> u64 {
+    let since = lock(&vm.tsc_stand.since);
+    if vm.tsc_stand.stands.load(Ordering::SeqCst) {
+        vm.tsc_stand.standing(vm, &since)
+    } else {
+        guest_tsc(vm)
+    }
+}
+
 /// The guest TSC now, without IA32_TSC_ADJUST of a vCPU.
 #[inline]
 pub fn guest_tsc(vm: &VmShared) -> u64 {
+    if vm.tsc_stand.stands.load(Ordering::Relaxed) {
+        return vm.tsc_stand.tsc.load(Ordering::SeqCst);
+    }
     host_tsc().wrapping_add_signed(vm.tsc_offset.load(Ordering::Relaxed))
 }
 
 /// Sets the guest TSC of the VM (restore).
 pub fn set_guest_tsc(vm: &VmShared, tsc: u64) {
-    vm.tsc_offset
-        .store(tsc.wrapping_sub(host_tsc()) as i64, Ordering::SeqCst);
+    {
+        let mut since = lock(&vm.tsc_stand.since);
+        if since.running == 0 {
+            vm.tsc_stand.stand(vm, &mut since, tsc);
+        } else {
+            let offset = tsc.wrapping_sub(host_tsc()) as i64;
+            vm.tsc_offset.store(offset, Ordering::SeqCst);
+        }
+    }
     super::clock_changed(vm);
 }
 

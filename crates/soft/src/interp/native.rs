@@ -68,6 +68,78 @@ struct Memory {
     /// Register (number) that holds the bounce address.
     base: usize,
     lanes: Lanes,
+    alignment: Alignment,
+    /// A mask keeps lanes from being stored but suppresses no fault.
+    checks_all: bool,
+}
+
+/// Whether a memory operand must be aligned to its size. A misaligned one raises #GP before any
+/// page fault.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Alignment {
+    /// Anywhere.
+    Free,
+    /// Legacy SSE: aligned unless MXCSR.MM is set. AMD APM Vol. 1 §4.4.1.
+    Legacy,
+    /// Always aligned: aligned and non-temporal moves.
+    Strict,
+}
+
+impl Alignment {
+    /// Intel SDM Vol. 1 §14.9, Vol. 2A §2.4 (exception types 1, 2, 4).
+    fn of(i: &Instruction, state: State, bytes: usize) -> Alignment {
+        use Mnemonic as M;
+        if bytes < 16 {
+            return Alignment::Free;
+        }
+        match i.mnemonic() {
+            M::Movups
+            | M::Movupd
+            | M::Movdqu
+            | M::Lddqu
+            | M::Pcmpestri
+            | M::Pcmpestrm
+            | M::Pcmpistri
+            | M::Pcmpistrm
+            | M::Sha1msg1
+            | M::Sha1msg2
+            | M::Sha1nexte
+            | M::Sha1rnds4
+            | M::Sha256msg1
+            | M::Sha256msg2
+            | M::Sha256rnds2 => Alignment::Free,
+            M::Movaps
+            | M::Movapd
+            | M::Movdqa
+            | M::Movntps
+            | M::Movntpd
+            | M::Movntdq
+            | M::Movntdqa
+            | M::Vmovaps
+            | M::Vmovapd
+            | M::Vmovdqa
+            | M::Vmovdqa32
+            | M::Vmovdqa64
+            | M::Vmovntps
+            | M::Vmovntpd
+            | M::Vmovntdq
+            | M::Vmovntdqa => Alignment::Strict,
+            _ if matches!(state, State::Sse { .. }) => Alignment::Legacy,
+            _ => Alignment::Free,
+        }
+    }
+
+    /// True if an operand there raises #GP.
+    fn refuses(self, v: &SoftVcpu, lin: u64, bytes: usize) -> bool {
+        const MM: u8 = 1 << 1;
+        let misaligned = !lin.is_multiple_of(bytes as u64);
+        match self {
+            Alignment::Free => false,
+            Alignment::Strict => misaligned,
+            // Bit 17 of MXCSR.
+            Alignment::Legacy => misaligned && v.frame.cpu.xsave.0[26] & MM == 0,
+        }
+    }
 }
 
 /// A prepared instruction.
@@ -95,6 +167,11 @@ pub struct Native {
 }
 
 impl Native {
+    /// MXCSR bits that the host knows.
+    pub(crate) fn mxcsr_mask(&self) -> u32 {
+        self.unit.mxcsr_mask
+    }
+
     /// Nothing prepared.
     pub fn new(cpuid: &CpuidTable) -> Result<Native, EngineError> {
         Ok(Native {
@@ -202,16 +279,21 @@ fn build(n: &mut Native, i: &Instruction, bytes: u128) -> Option<Plan> {
             }
             memory = Some(Memory {
                 bytes,
-                read: !matches!(
-                    access,
-                    OpAccess::Write | OpAccess::CondWrite | OpAccess::NoMemAccess
-                ),
+                // A store by the x87 unit does not happen if it raises an exception that is not
+                // masked; the instruction completes all the same.
+                read: matches!(state, State::X87 { .. })
+                    || !matches!(
+                        access,
+                        OpAccess::Write | OpAccess::CondWrite | OpAccess::NoMemAccess
+                    ),
                 write: !matches!(
                     access,
                     OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
                 ),
                 base: number(base)?,
                 lanes: Lanes::of(i, op),
+                alignment: Alignment::of(i, state, bytes),
+                checks_all: lanes::stores_check_all(i.mnemonic()),
             });
         } else if i.op_kind(op) != OpKind::Register && !is_immediate(i.op_kind(op)) {
             return None;
@@ -232,13 +314,17 @@ fn build(n: &mut Native, i: &Instruction, bytes: u128) -> Option<Plan> {
             None => number(spare.next()?)?,
         };
         rsp = Some(k);
-        let first = match size {
-            8 => Register::RAX,
-            4 => Register::EAX,
-            2 => Register::AX,
+        let k = k as u32;
+        let stand_in = match size {
+            8 => Register::RAX + k,
+            4 => Register::EAX + k,
+            2 => Register::AX + k,
+            // SPL needs REX, with which the others have their low bytes too.
+            1 if k < 4 => Register::AL + k,
+            1 => Register::SPL + (k - 4),
             _ => return None,
         };
-        host.set_op_register(op, first + k as u32);
+        host.set_op_register(op, stand_in);
     }
     host.set_code_size(CodeSize::Code64);
     let mut encoder = Encoder::new(64);
@@ -550,8 +636,18 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
             base.wrapping_add(offset(v, &op.i))
         }
     };
+    // Masked out as a whole, an operand is not looked at.
+    if lanes != 0 && m.alignment.refuses(v, lin, m.bytes) {
+        return Err(Exception::gp(0));
+    }
     let at = 64 + (lin as usize & 63);
     let mut data = [0u8; 64];
+    if m.write {
+        if m.checks_all {
+            v.probe_write(lin, m.bytes, Priv::Current)?;
+        }
+        m.lanes.probe(v, lin, m.bytes, lanes)?;
+    }
     if m.read {
         let out = &mut data[..m.bytes];
         match v.read_bytes(lin, out, Priv::Current) {
@@ -562,9 +658,6 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
                 m.lanes.load(v, lin, out, lanes)?;
             }
         }
-    }
-    if m.write {
-        m.lanes.probe(v, lin, m.bytes, lanes)?;
     }
     v.interp.native.unit.call.bounce[at..at + m.bytes].copy_from_slice(&data[..m.bytes]);
     Ok((lin, lanes))

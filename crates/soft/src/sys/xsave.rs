@@ -11,6 +11,7 @@ use pyrite_x86::bits::{cr0, cr4, efer};
 use pyrite_x86::{XSAVE_AREA_BYTES, gpr};
 
 use crate::exception::Exception;
+use crate::interp::native::x87;
 use crate::interp::operand;
 use crate::mmu::Priv;
 use crate::sys::control::require_cpl0;
@@ -152,10 +153,7 @@ fn mxcsr(b: &[u8]) -> u32 {
 
 /// MXCSR_MASK as the host reports it: reserved bits are those that are clear.
 fn mxcsr_mask(v: &SoftVcpu) -> u32 {
-    match (get64(&v.frame.cpu.xsave.0, MXCSR_AT) >> 32) as u32 {
-        0 => 0xffff,
-        mask => mask,
-    }
+    v.interp.native.mxcsr_mask()
 }
 
 fn xmm_bytes(v: &SoftVcpu) -> usize {
@@ -200,6 +198,7 @@ fn load_x87(v: &mut SoftVcpu, image: &[u8]) {
     a[32..XMM_AT].copy_from_slice(&image[32..XMM_AT]);
     let used = in_use(v) | X87;
     set_in_use(v, used);
+    x87::settle(v);
 }
 
 fn load_xmm(v: &mut SoftVcpu, image: &[u8]) {

@@ -47,6 +47,8 @@ const HOST_SP: u8 = 15;
 pub struct HostFeatures {
     /// PEXT is there and fast.
     pub bmi2: bool,
+    /// How the decoder treats encodings on which vendors differ: that of the guest's CPUID.
+    pub decoder: u32,
 }
 
 /// What a translation produced.
@@ -110,21 +112,31 @@ pub struct Tools {
     cold: Vec<Cold>,
     exits: Vec<(Exit, Label, usize)>,
     list: Vec<Decoded>,
-    decoder: u32,
 }
 
 impl Tools {
-    /// `decoder`: options that make the decoder follow the guest's vendor.
-    pub fn new(decoder: u32) -> Tools {
+    /// Empty buffers.
+    pub fn new() -> Tools {
         Tools {
             e: Emitter::new(),
             info: InstructionInfoFactory::new(),
             cold: Vec::new(),
             exits: Vec::new(),
             list: Vec::new(),
-            decoder,
         }
     }
+}
+
+/// Which block is translated, and where it goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    pub key: BlockKey,
+    /// Host address at which it will execute.
+    pub base: u64,
+    /// Index that its first exit will get.
+    pub first_exit: u32,
+    /// Its entry must poll, whatever the flags.
+    pub force_poll: bool,
 }
 
 /// The translation of one block.
@@ -178,19 +190,21 @@ fn reg_named(n: u8, size: usize) -> Register {
 }
 
 impl<'a> Front<'a> {
-    /// Translates the block at `bytes` (from the block's first byte to the end of its page), which
-    /// will execute at `base`. `first_exit` is the index its first exit will get.
+    /// Translates the block at `bytes` (from the block's first byte, within its page).
     pub fn translate(
         tools: &'a mut Tools,
         bytes: &[u8],
-        key: BlockKey,
-        base: u64,
-        first_exit: u32,
-        force_poll: bool,
+        place: Place,
         allows: &dyn Fn(&Instruction) -> bool,
         options: &'a SoftOptions,
         host: HostFeatures,
     ) -> Translated<'a> {
+        let Place {
+            key,
+            base,
+            first_exit,
+            force_poll,
+        } = place;
         tools.e.restart(base);
         tools.cold.clear();
         tools.exits.clear();
@@ -268,7 +282,7 @@ impl<'a> Front<'a> {
         list: &mut Vec<Decoded>,
     ) {
         let bits = if self.code64 { 64 } else { 32 };
-        let mut dec = Decoder::with_ip(bits, bytes, self.key.rip, self.t.decoder);
+        let mut dec = Decoder::with_ip(bits, bytes, self.key.rip, self.host.decoder);
         list.clear();
         while list.len() < self.options.block_insns_max && dec.can_decode() {
             let i = dec.decode();
@@ -314,6 +328,15 @@ impl<'a> Front<'a> {
             return false;
         }
         if i.is_privileged() || i.is_string_instruction() {
+            return true;
+        }
+        // A NOP or undefined, by vendor.
+        if matches!(
+            i.code(),
+            Code::Reservednop_rm16_r16_0F0D
+                | Code::Reservednop_rm32_r32_0F0D
+                | Code::Reservednop_rm64_r64_0F0D
+        ) {
             return true;
         }
         if matches!(

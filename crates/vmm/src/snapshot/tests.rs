@@ -25,6 +25,8 @@ fn written(name: &str) -> (Dir, GuestMemory) {
         },
         engine: "soft".into(),
         clock_ns: 5,
+        state_crc: 0,
+        memory_crc: 0,
         cpuid: vec![[1, 0, 0, 1, 2, 3, 4], [7, 1, 1, 5, 6, 7, 8]],
     };
     let sections = [Section::new("u", "kind", 1, &7u32)];
@@ -38,10 +40,10 @@ fn snapshot_comes_back() {
     let m = Manifest::read(&dir.0).unwrap();
     assert_eq!(m.0.clock_ns, 5);
     assert_eq!(cpuid_rows(&m.cpuid()), m.0.cpuid);
-    let sections = read_sections(&dir.0).unwrap();
+    let sections = read_sections(&dir.0, &m).unwrap();
     assert_eq!(sections[0].decode::<u32>("kind", 1).unwrap(), 7);
     let memory = GuestMemory::new(16 << 20).unwrap();
-    read_memory(&dir.0, &memory).unwrap();
+    read_memory(&dir.0, &m, &memory).unwrap();
     let mut text = [0; 5];
     memory.read(0x12_3456, &mut text).unwrap();
     assert_eq!(&text, b"hello");
@@ -50,16 +52,33 @@ fn snapshot_comes_back() {
 #[test]
 fn damaged_and_incomplete_snapshots_are_refused() {
     let (dir, memory) = written("damaged");
+    let m = Manifest::read(&dir.0).unwrap();
     let state = dir.0.join(STATE);
     let good = fs::read(&state).unwrap();
     for at in [0, 8, 12, good.len() - 1] {
         let mut bad = good.clone();
         bad[at] ^= 1;
         fs::write(&state, &bad).unwrap();
-        assert!(read_sections(&dir.0).is_err(), "byte {at}");
+        assert!(read_sections(&dir.0, &m).is_err(), "byte {at}");
     }
     fs::write(&state, &good[..10]).unwrap();
-    assert!(read_sections(&dir.0).is_err());
+    assert!(read_sections(&dir.0, &m).is_err());
+    fs::write(&state, &good).unwrap();
+    let ram = File::options()
+        .write(true)
+        .open(dir.0.join(MEMORY))
+        .unwrap();
+    for at in [0x12_3456, 0x70_0000] {
+        ram.write_all_at(b"x", at).unwrap();
+        let fresh = GuestMemory::new(16 << 20).unwrap();
+        assert!(read_memory(&dir.0, &m, &fresh).is_err(), "{at:#x}");
+        ram.write_all_at(if at == 0x12_3456 { b"h" } else { b"\0" }, at)
+            .unwrap();
+    }
+    // The state of another snapshot, in itself whole.
+    let other = container::write(&[Section::new("u", "kind", 1, &8u32)]).unwrap();
+    fs::write(&state, other).unwrap();
+    assert!(read_sections(&dir.0, &m).is_err());
     File::options()
         .write(true)
         .open(dir.0.join(MEMORY))
@@ -67,7 +86,7 @@ fn damaged_and_incomplete_snapshots_are_refused() {
         .set_len(4096)
         .unwrap();
     assert!(Manifest::read(&dir.0).unwrap_err().contains("memory file"));
-    assert!(read_memory(&dir.0, &memory).is_err());
+    assert!(read_memory(&dir.0, &m, &memory).is_err());
     fs::remove_file(dir.0.join(MANIFEST)).unwrap();
     assert!(
         Manifest::read(&dir.0)

@@ -6,8 +6,8 @@ use pyrite_x86::gpr;
 
 use crate::exception::Exception;
 use crate::interp::integer::{Done, sign_extend};
-use crate::interp::native::check_vector;
 use crate::interp::native::registers::{normalise, opmask, set_opmask, set_vector, vector};
+use crate::interp::native::{check_vector, x87};
 use crate::interp::operand::{address_mask, offset, segment, segment_number, size_mask};
 use crate::interp::{Handler, Op, memory};
 use crate::mmu::Priv;
@@ -48,7 +48,18 @@ impl Lanes {
             element: bytes,
             mask_bits: 0,
         };
-        let element = i.memory_size().element_size();
+        // What a mask bit stands for, which may be several elements of the operand.
+        let element = match i.mnemonic() {
+            M::Vpdpbusd
+            | M::Vpdpbusds
+            | M::Vpdpwssd
+            | M::Vpdpwssds
+            | M::Vdpbf16ps
+            | M::Vpmaddwd => 4,
+            M::Vpmaddubsw => 2,
+            M::Vpmuludq | M::Vpmuldq => 8,
+            _ => i.memory_size().element_size(),
+        };
         if matches!(
             i.mnemonic(),
             M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
@@ -63,7 +74,12 @@ impl Lanes {
                 mask_bits: 0,
             };
         }
-        if i.op_mask() == Register::None || element == 0 || !bytes.is_multiple_of(element) {
+        if i.op_mask() == Register::None
+            || element == 0
+            || !bytes.is_multiple_of(element)
+            || reads_all(i.mnemonic())
+            || (op == 2 && is_shift_by_count(i.mnemonic()))
+        {
             return all;
         }
         let by = if is_compression(i.mnemonic()) {
@@ -211,6 +227,111 @@ impl Lanes {
     }
 }
 
+/// Stores of which a mask suppresses no fault. Intel SDM Vol. 2A §2.8.8, exception type E6NF.
+pub fn stores_check_all(m: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        m,
+        M::Vextractf32x4
+            | M::Vextractf32x8
+            | M::Vextractf64x2
+            | M::Vextractf64x4
+            | M::Vextracti32x4
+            | M::Vextracti32x8
+            | M::Vextracti64x2
+            | M::Vextracti64x4
+    )
+}
+
+/// Instructions whose elements move between lanes, so that a mask suppresses no fault.
+/// Intel SDM Vol. 2A §2.8.6, exception types E4NF and E6NF.
+fn reads_all(m: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        m,
+        M::Valignd
+            | M::Valignq
+            | M::Vinsertf32x4
+            | M::Vinsertf32x8
+            | M::Vinsertf64x2
+            | M::Vinsertf64x4
+            | M::Vinserti32x4
+            | M::Vinserti32x8
+            | M::Vinserti64x2
+            | M::Vinserti64x4
+            | M::Vdbpsadbw
+            | M::Vmovddup
+            | M::Vmovshdup
+            | M::Vmovsldup
+            | M::Vpackssdw
+            | M::Vpacksswb
+            | M::Vpackusdw
+            | M::Vpackuswb
+            | M::Vpalignr
+            | M::Vpermb
+            | M::Vpermd
+            | M::Vpermi2b
+            | M::Vpermi2d
+            | M::Vpermi2pd
+            | M::Vpermi2ps
+            | M::Vpermi2q
+            | M::Vpermi2w
+            | M::Vpermilpd
+            | M::Vpermilps
+            | M::Vpermpd
+            | M::Vpermps
+            | M::Vpermq
+            | M::Vpermt2b
+            | M::Vpermt2d
+            | M::Vpermt2pd
+            | M::Vpermt2ps
+            | M::Vpermt2q
+            | M::Vpermt2w
+            | M::Vpermw
+            | M::Vpmultishiftqb
+            | M::Vpshufb
+            | M::Vpshufbitqmb
+            | M::Vpshufd
+            | M::Vpshufhw
+            | M::Vpshuflw
+            | M::Vpunpckhbw
+            | M::Vpunpckhdq
+            | M::Vpunpckhqdq
+            | M::Vpunpckhwd
+            | M::Vpunpcklbw
+            | M::Vpunpckldq
+            | M::Vpunpcklqdq
+            | M::Vpunpcklwd
+            | M::Vshuff32x4
+            | M::Vshuff64x2
+            | M::Vshufi32x4
+            | M::Vshufi64x2
+            | M::Vshufpd
+            | M::Vshufps
+            | M::Vunpckhpd
+            | M::Vunpckhps
+            | M::Vunpcklpd
+            | M::Vunpcklps
+    )
+}
+
+/// Shifts of all elements by one count, which operand 2 holds.
+fn is_shift_by_count(m: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        m,
+        M::Vpslld
+            | M::Vpsllq
+            | M::Vpsllw
+            | M::Vpsrad
+            | M::Vpsraq
+            | M::Vpsraw
+            | M::Vpsrld
+            | M::Vpsrlq
+            | M::Vpsrlw
+    )
+}
+
 fn is_compression(m: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
@@ -309,12 +430,17 @@ fn masked_bytes(v: &mut SoftVcpu, op: &Op) -> Done {
     let active = (0..count)
         .filter(|&n| mask[n] & 0x80 != 0)
         .fold(0u64, |a, n| a | 1 << n);
-    if active != 0 {
-        let seg = segment_number(op.i.memory_segment());
-        let lin = v.linear(seg, o, count, SegAccess::Write)?;
-        lanes.probe(v, lin, count, active)?;
-        lanes.store(v, lin, &data[..count], active)?;
+    if op.i.op1_register().is_mm() {
+        // As every MMX instruction: TOP becomes 0 and all registers valid.
+        x87::rotate_to(v, 0);
+        v.frame.cpu.xsave.0[4] = 0xff;
     }
+    // The whole operand is checked, whatever the mask says: the manuals leave that open, the
+    // processors at hand do it.
+    let seg = segment_number(op.i.memory_segment());
+    let lin = v.linear(seg, o, count, SegAccess::Write)?;
+    v.probe_write(lin, count, Priv::Current)?;
+    lanes.store(v, lin, &data[..count], active)?;
     Ok(Next::Sequential)
 }
 

@@ -163,7 +163,7 @@ pub struct Unit {
     /// Offsets of the components in the standard format, by number.
     pub offsets: [usize; 8],
     /// MXCSR bits that the host knows.
-    mxcsr_mask: u32,
+    pub(crate) mxcsr_mask: u32,
 }
 
 // SAFETY: the mappings belong to the value alone.

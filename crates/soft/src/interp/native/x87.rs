@@ -239,6 +239,27 @@ fn environment(v: &SoftVcpu, bytes: usize) -> [u8; 28] {
     out
 }
 
+/// Moves the registers so that the same physical ones are found after TOP has become `top`:
+/// the area holds them relative to TOP.
+pub(crate) fn rotate_to(v: &mut SoftVcpu, top: u16) {
+    let old = word(v, 2) >> 11 & 7;
+    let by = usize::from(top.wrapping_sub(old) & 7);
+    v.frame.cpu.xsave.0[32..160].rotate_left(16 * by);
+    let fsw = word(v, 2) & !(7 << 11) | top << 11;
+    set_word(v, 2, fsw);
+}
+
+/// ES and B follow from what is pending and not masked; the reserved bits of FCW read as on the
+/// processor: bit 6 is 1.
+pub(crate) fn settle(v: &mut SoftVcpu) {
+    let (fcw, mut fsw) = (word(v, 0), word(v, 2) & !(ES | BUSY));
+    if fsw & !fcw & 0x3f != 0 {
+        fsw |= ES | BUSY;
+    }
+    set_word(v, 0, fcw & 0x1f3f | 0x40);
+    set_word(v, 2, fsw);
+}
+
 /// Takes an environment over. The area is normalised and x87 counts as present.
 fn take_environment(v: &mut SoftVcpu, e: &[u8]) {
     let step = if e.len() == 14 { 2 } else { 4 };
@@ -320,6 +341,8 @@ fn load_environment(v: &mut SoftVcpu, op: &Op) -> Done {
     let mut e = [0u8; 28];
     v.read_bytes(lin, &mut e[..bytes], Priv::Current)?;
     normalise(v);
+    let step = bytes / 7;
+    rotate_to(v, u16::from_le_bytes([e[step], e[step + 1]]) >> 11 & 7);
     take_environment(v, &e[..bytes]);
     Ok(Next::Sequential)
 }
@@ -339,6 +362,7 @@ fn save(v: &mut SoftVcpu, op: &Op) -> Done {
     }
     v.write_bytes(lin, &out[..head + 80], Priv::Current)?;
     // FNINIT keeps the registers' contents and tags them empty.
+    rotate_to(v, 0);
     set_word(v, 0, 0x37f);
     set_word(v, 2, 0);
     v.frame.cpu.xsave.0[4] = 0;

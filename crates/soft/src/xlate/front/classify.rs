@@ -87,9 +87,18 @@ pub fn is_hint(m: Mnemonic) -> bool {
     )
 }
 
-/// Shifts and rotates leave the flags alone when the masked count is zero.
+/// Shifts and rotates leave the flags alone when the masked count is zero. Multiplications,
+/// divisions and zero counts leave those alone, on some processors, that the manual calls undefined.
 pub fn may_keep_flags(i: &Instruction) -> bool {
     match i.mnemonic() {
+        Mnemonic::Mul
+        | Mnemonic::Imul
+        | Mnemonic::Div
+        | Mnemonic::Idiv
+        | Mnemonic::Lzcnt
+        | Mnemonic::Tzcnt
+        | Mnemonic::Bsf
+        | Mnemonic::Bsr => true,
         Mnemonic::Shl
         | Mnemonic::Sal
         | Mnemonic::Shr
@@ -142,7 +151,22 @@ pub fn uses_mask(i: &Instruction) -> bool {
 }
 
 pub fn uses_vector(i: &Instruction) -> bool {
-    if matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) {
+    // Those that may have no vector register among their operands, but use MXCSR or all of them.
+    if matches!(
+        i.mnemonic(),
+        Mnemonic::Vzeroupper
+            | Mnemonic::Vzeroall
+            | Mnemonic::Vldmxcsr
+            | Mnemonic::Vstmxcsr
+            | Mnemonic::Vcvtss2si
+            | Mnemonic::Vcvtsd2si
+            | Mnemonic::Vcvttss2si
+            | Mnemonic::Vcvttsd2si
+            | Mnemonic::Vcvtss2usi
+            | Mnemonic::Vcvtsd2usi
+            | Mnemonic::Vcvttss2usi
+            | Mnemonic::Vcvttsd2usi
+    ) {
         return true;
     }
     (0..i.op_count()).any(|n| {

@@ -1,0 +1,425 @@
+//! The state a test sequence starts from and what it leaves behind, the same for the host and for
+//! every engine; and the address layout that both use.
+
+use std::arch::x86_64::__cpuid_count;
+
+use pyrite_x86::XsaveArea;
+
+use super::rng::Rng;
+
+/// Two pages of code, readable and executable.
+pub const CODE: u64 = 0x1000_0000;
+pub const CODE_BYTES: usize = 0x2000;
+/// Two pages of data that may be written, one that may only be read; nothing behind.
+pub const DATA: u64 = 0x1001_0000;
+pub const DATA_BYTES: usize = 0x2000;
+pub const RO_BYTES: usize = 0x1000;
+/// Every sequence ends with a jump to here.
+pub const END: u64 = 0x1003_0000;
+
+/// Start state of a sequence.
+#[derive(Clone)]
+pub struct Start {
+    pub gpr: [u64; 16],
+    pub rflags: u64,
+    pub fs_base: u64,
+    pub gs_base: u64,
+    pub xsave: XsaveArea,
+    /// The writable data, then the read-only page.
+    pub data: Vec<u8>,
+}
+
+/// How a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It reached [`END`].
+    Through,
+    /// An exception; the code is 0 where there is none, CR2 only for #PF.
+    Exception { vector: u8, code: u32, cr2: u64 },
+    /// It did not end in time.
+    Lost,
+}
+
+/// What a sequence left behind.
+#[derive(Clone)]
+pub struct Outcome {
+    pub end: End,
+    pub gpr: [u64; 16],
+    pub rip: u64,
+    pub rflags: u64,
+    pub fs_base: u64,
+    pub gs_base: u64,
+    pub xsave: XsaveArea,
+    pub data: Vec<u8>,
+}
+
+/// Offset and size of a component in the standard format.
+pub fn component(n: u32) -> (usize, usize) {
+    let r = __cpuid_count(0xd, n);
+    (r.ebx as usize, r.eax as usize)
+}
+
+/// Byte ranges of the components that are compared, by number.
+pub struct Components(pub Vec<(u32, std::ops::Range<usize>)>);
+
+impl Components {
+    pub fn of_host() -> Components {
+        let mask = pyrite_soft::xlate::host_xsave_mask();
+        // FCW FSW FTW; ST0-7. The pointers of the last instruction are in `pointers`.
+        let mut list = vec![(0, 0..5), (0, 32..160), (1, 160..416)];
+        for n in [2u32, 5, 6, 7] {
+            if mask >> n & 1 != 0 {
+                let (at, len) = component(n);
+                list.push((n, at..at + len));
+            }
+        }
+        Components(list)
+    }
+
+    /// Writes the initial value over components that XSTATE_BV declares initial, and clears what
+    /// is not state.
+    pub fn normalise(&self, area: &mut XsaveArea) {
+        let a = &mut area.0;
+        let bv = u64::from_le_bytes(a[512..520].try_into().unwrap());
+        for (n, range) in &self.0 {
+            if bv >> n & 1 == 0 {
+                a[range.clone()].fill(0);
+                if *n == 0 && range.start == 0 {
+                    a[..2].copy_from_slice(&0x37fu16.to_le_bytes());
+                }
+            }
+        }
+        if bv & 1 == 0 {
+            a[6..24].fill(0);
+        }
+        // ST registers have 80 bits.
+        for n in 0..8 {
+            a[32 + 16 * n + 10..32 + 16 * n + 16].fill(0);
+        }
+    }
+}
+
+/// A number that instructions find interesting.
+pub fn interesting(r: &mut Rng) -> u64 {
+    match r.below(12) {
+        0 => 0,
+        1 => u64::MAX,
+        2 => 1,
+        3 => 1 << r.below(64),
+        4 => (1u64 << r.below(64)).wrapping_sub(1),
+        5 => r.below(256),
+        6 => r.next() & 0xffff_ffff,
+        7 => (r.next() as i32) as i64 as u64,
+        8 => 0x8000_0000 + r.below(3) - 1,
+        9 => (r.below(64) as i64 - 32) as u64,
+        _ => r.next(),
+    }
+}
+
+const F32: [u32; 14] = [
+    0,
+    0x8000_0000,
+    0x3f80_0000,
+    0xbf80_0000,
+    0x7f80_0000,
+    0xff80_0000,
+    0x7fc0_0000,
+    0x7f80_0001,
+    1,
+    0x007f_ffff,
+    0x0080_0000,
+    0x7f7f_ffff,
+    0x4f00_0000,
+    0xcf00_0000,
+];
+const F64: [u64; 14] = [
+    0,
+    1 << 63,
+    0x3ff0 << 48,
+    0xbff0 << 48,
+    0x7ff0 << 48,
+    0xfff0 << 48,
+    0x7ff8 << 48,
+    0x7ff0_0000_0000_0001,
+    1,
+    0x000f_ffff_ffff_ffff,
+    0x0010 << 48,
+    0x7fef_ffff_ffff_ffff,
+    0x41e0 << 48,
+    0xc3e0 << 48,
+];
+
+/// Fills bytes with integers, floats of both sizes, small numbers or noise.
+pub fn fill(r: &mut Rng, out: &mut [u8]) {
+    for chunk in out.chunks_mut(16) {
+        let mut b = [0u8; 16];
+        match r.below(7) {
+            0 => {
+                for w in b.chunks_mut(4) {
+                    w.copy_from_slice(&F32[r.below(14) as usize].to_le_bytes());
+                }
+            }
+            1 => {
+                for w in b.chunks_mut(8) {
+                    w.copy_from_slice(&F64[r.below(14) as usize].to_le_bytes());
+                }
+            }
+            2 => {
+                for w in b.chunks_mut(4) {
+                    w.copy_from_slice(&((r.next() as i8) as f32 / 4.0).to_le_bytes());
+                }
+            }
+            3 => {
+                for w in b.chunks_mut(8) {
+                    w.copy_from_slice(&((r.next() as i16) as f64 / 16.0).to_le_bytes());
+                }
+            }
+            4 => {
+                for w in b.chunks_mut(8) {
+                    w.copy_from_slice(&interesting(r).to_le_bytes());
+                }
+            }
+            _ => {
+                for w in b.chunks_mut(8) {
+                    w.copy_from_slice(&r.next().to_le_bytes());
+                }
+            }
+        }
+        chunk.copy_from_slice(&b[..chunk.len()]);
+    }
+}
+
+impl Start {
+    /// Nothing in any register.
+    pub fn zero() -> Start {
+        Start {
+            gpr: [0; 16],
+            rflags: 0x202,
+            fs_base: 0,
+            gs_base: 0,
+            xsave: XsaveArea([0; pyrite_x86::state::XSAVE_AREA_BYTES]),
+            data: vec![0; DATA_BYTES + RO_BYTES],
+        }
+    }
+
+    /// A pointer into the data, most often well inside.
+    pub fn pointer(r: &mut Rng) -> u64 {
+        match r.below(16) {
+            0 => DATA + r.below(DATA_BYTES as u64),
+            // Near the page boundary, the read-only page and the end.
+            1 => DATA + 0x1000 - r.below(70),
+            2 => DATA + DATA_BYTES as u64 - r.below(70),
+            3 => DATA + (DATA_BYTES + RO_BYTES) as u64 - r.below(70),
+            _ => DATA + 0x200 + (r.below(0x1800) & !63),
+        }
+    }
+
+    /// Chooses everything anew. `vectors`: x87 and vector registers too (else as they were).
+    pub fn randomise(&mut self, r: &mut Rng, c: &Components, vectors: bool) {
+        let mut data = std::mem::take(&mut self.data);
+        // Not all of it each time: that would be most of the work.
+        let at = r.below((data.len() / 512) as u64) as usize * 512;
+        fill(r, &mut data[at..at + 512]);
+        self.data = data;
+        for n in 0..16 {
+            self.gpr[n] = match r.below(8) {
+                0..=3 => Start::pointer(r),
+                4 | 5 => r.below(64),
+                _ => interesting(r),
+            };
+        }
+        self.gpr[4] = DATA + 0x800 + (r.below(0x1000) & !15);
+        let arith = r.next() & pyrite_x86::bits::rflags::ARITH;
+        self.rflags = 0x202 | arith | if r.below(10) == 0 { 0x400 } else { 0 };
+        self.fs_base = r.below(4) * 64;
+        self.gs_base = r.below(4) * 8;
+        if vectors {
+            self.random_vectors(r, c);
+        }
+    }
+
+    fn random_vectors(&mut self, r: &mut Rng, c: &Components) {
+        let a = &mut self.xsave.0;
+        for (n, range) in &c.0 {
+            if range.len() < 8 {
+                continue;
+            }
+            fill(r, &mut a[range.clone()]);
+            if *n == 5 && r.below(2) == 0 {
+                // Masks that are full, or have few lanes.
+                for k in a[range.clone()].chunks_mut(8) {
+                    let m = if r.below(2) == 0 {
+                        u64::MAX
+                    } else {
+                        r.next() & r.next()
+                    };
+                    k.copy_from_slice(&m.to_le_bytes());
+                }
+            }
+        }
+        let small = r.below(8);
+        if small < 2 {
+            // Indices for gathers.
+            for (n, range) in &c.0 {
+                if matches!(n, 1 | 2 | 6 | 7) && range.len() >= 16 {
+                    for w in a[range.clone()].chunks_mut(if small == 0 { 4 } else { 8 }) {
+                        w.fill(0);
+                        w[0] = r.next() as u8 & 0x7f;
+                    }
+                }
+            }
+        }
+        for n in 0..8 {
+            a[32 + 16 * n + 10..32 + 16 * n + 16].fill(0);
+            if r.below(2) == 0 {
+                // A normal number.
+                let e = (0x3fff + r.below(40) as u16 - 20) | (r.next() as u16 & 0x8000);
+                a[32 + 16 * n + 7] |= 0x80;
+                a[32 + 16 * n + 8..32 + 16 * n + 10].copy_from_slice(&e.to_le_bytes());
+            }
+        }
+        let fcw: u16 = match r.below(4) {
+            0 => 0x040 | (r.next() as u16 & 0xf3f),
+            1 => 0x07f | (r.next() as u16 & 0xf00),
+            _ => 0x37f,
+        };
+        a[..2].copy_from_slice(&fcw.to_le_bytes());
+        let top = (r.below(8) as u16) << 11;
+        let fsw = match r.below(6) {
+            0 => top | (r.next() as u16 & 0x4700),
+            _ => top,
+        };
+        a[2..4].copy_from_slice(&fsw.to_le_bytes());
+        a[4] = if r.below(3) == 0 {
+            0xff
+        } else {
+            r.next() as u8
+        };
+        let mxcsr: u32 = match r.below(4) {
+            0 => 0x1f80 | (r.next() as u32 & 0xe07f),
+            1 => r.next() as u32 & 0xffc0,
+            _ => 0x1f80,
+        };
+        a[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+        let mut bv = pyrite_soft::xlate::host_xsave_mask() as u64;
+        if r.below(8) == 0 {
+            bv &= r.next();
+        }
+        a[512..520].copy_from_slice(&bv.to_le_bytes());
+    }
+}
+
+/// Bits of RFLAGS that are compared: arithmetic, DF, AC, ID, NT.
+pub const FLAGS: u64 = 0x8d5 | 0x400 | 1 << 18 | 1 << 21 | 1 << 14;
+
+/// How two outcomes may differ.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tolerance {
+    /// Flags that need not agree.
+    pub flags: u64,
+    /// Arithmetic flags need not agree if there was an exception.
+    pub flags_at_fault: bool,
+    /// Of an operand larger than the processor's accesses any byte of a missing page may be named.
+    pub cr2_page_only: bool,
+    /// A branch to a non-canonical address may raise its #GP at the target instead of the branch.
+    pub late_canonical: bool,
+    /// Vector registers need not agree if there was an exception.
+    pub partial_vectors: bool,
+}
+
+/// Lists the differences; empty = equal.
+pub fn differences(want: &Outcome, got: &Outcome, c: &Components, t: Tolerance) -> Vec<String> {
+    let mut out = Vec::new();
+    let gp = |e| {
+        matches!(
+            e,
+            End::Exception {
+                vector: 13,
+                code: 0,
+                ..
+            }
+        )
+    };
+    let canonical = |x: u64| (x as i64) << 16 >> 16 == x as i64;
+    if t.late_canonical && gp(want.end) && gp(got.end) && !canonical(got.rip) {
+        return out;
+    }
+    let end_differs = match (want.end, got.end) {
+        // The upper half belongs to the host's kernel: present or not is its affair.
+        (
+            End::Exception {
+                vector: 14,
+                code: a,
+                cr2: x,
+            },
+            End::Exception {
+                vector: 14,
+                code: b,
+                cr2: y,
+            },
+        ) => {
+            let mask = if t.cr2_page_only { !0xfff } else { u64::MAX };
+            (x ^ y) & mask != 0 || (if x >> 47 != 0 { (a ^ b) & !1 } else { a ^ b }) != 0
+        }
+        (a, b) => a != b,
+    };
+    if end_differs {
+        out.push(format!("end: {:x?}, not {:x?}", got.end, want.end));
+    }
+    for n in 0..16 {
+        if want.gpr[n] != got.gpr[n] {
+            out.push(format!(
+                "gpr {n}: {:#x}, not {:#x}",
+                got.gpr[n], want.gpr[n]
+            ));
+        }
+    }
+    if want.rip != got.rip {
+        out.push(format!("rip: {:#x}, not {:#x}", got.rip, want.rip));
+    }
+    let mut flags = FLAGS & !t.flags;
+    if t.flags_at_fault && matches!(want.end, End::Exception { .. }) {
+        flags &= !0x8d5;
+    }
+    if (want.rflags ^ got.rflags) & flags != 0 {
+        out.push(format!("rflags: {:#x}, not {:#x}", got.rflags, want.rflags));
+    }
+    if (want.fs_base, want.gs_base) != (got.fs_base, got.gs_base) {
+        out.push(format!(
+            "fs/gs base: {:#x} {:#x}, not {:#x} {:#x}",
+            got.fs_base, got.gs_base, want.fs_base, want.gs_base
+        ));
+    }
+    for (n, range) in c.0.iter().cloned().chain([(1, 24..28)]) {
+        if t.partial_vectors && matches!(n, 1 | 2 | 6 | 7) && want.end != End::Through {
+            continue;
+        }
+        let (w, g) = (&want.xsave.0[range.clone()], &got.xsave.0[range.clone()]);
+        if w != g {
+            let at = w.iter().zip(g).position(|(a, b)| a != b).unwrap_or(0);
+            let end = (at + 16).min(w.len());
+            out.push(format!(
+                "xsave component {n} at {}+{at}: {:02x?}, not {:02x?}",
+                range.start,
+                &g[at..end],
+                &w[at..end]
+            ));
+        }
+    }
+    if want.data != got.data {
+        let at = want
+            .data
+            .iter()
+            .zip(&got.data)
+            .position(|(a, b)| a != b)
+            .unwrap_or(0);
+        let end = (at + 16).min(want.data.len());
+        out.push(format!(
+            "memory at {:#x}: {:02x?}, not {:02x?}",
+            DATA + at as u64,
+            &got.data[at..end],
+            &want.data[at..end]
+        ));
+    }
+    out
+}
