@@ -186,13 +186,10 @@ impl Guest {
         self.session
             .send(&format!("{command}\necho \"@\"END{}=$?.\n", self.commands));
         let limit = Duration::from_secs(seconds);
-        let output = self.session.read_until(&mark, limit);
-        let status = self.session.read_until(".", limit);
-        let output = output.trim_end_matches(&mark).replace('\r', "");
-        (
-            status.trim_end_matches('.').parse().unwrap_or(-1),
-            output.trim_end().to_owned(),
-        )
+        let output = self.session.until(&mark, limit);
+        let status = self.session.until(".", limit);
+        let output = output.replace('\r', "");
+        (status.parse().unwrap_or(-1), output.trim().to_owned())
     }
 
     /// Runs a command that must succeed; what it printed.
