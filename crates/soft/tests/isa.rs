@@ -1,9 +1,9 @@
 //! Instructions on the engines against the same instructions on the host's processor.
 
 mod isa {
-    pub mod forms;
     #[path = "gen.rs"]
     pub mod gen_;
+    pub mod forms;
     pub mod guest;
     pub mod host;
     pub mod machine;
@@ -11,10 +11,7 @@ mod isa {
 }
 
 fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name)
-        .ok()
-        .and_then(|v| v.parse().ok())
-        .unwrap_or(default)
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
 #[test]

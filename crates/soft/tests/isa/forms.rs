@@ -16,26 +16,10 @@ pub fn tolerance(code: Code, exact: bool, translated: bool) -> Tolerance {
     use Mnemonic::*;
     let big = matches!(
         code.mnemonic(),
-        Xsave
-            | Xsave64
-            | Xsaveopt
-            | Xsaveopt64
-            | Xsavec
-            | Xsavec64
-            | Xrstor
-            | Xrstor64
-            | Fxsave
-            | Fxsave64
-            | Fxrstor
-            | Fxrstor64
+        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64
+            | Fxsave | Fxsave64 | Fxrstor | Fxrstor64
     );
-    Tolerance {
-        flags: 0,
-        flags_at_fault: !exact,
-        cr2_page_only: big,
-        late_canonical: translated,
-        partial_vectors: is_gather(code),
-    }
+    Tolerance { flags: 0, flags_at_fault: !exact, cr2_page_only: big, late_canonical: translated, partial_vectors: is_gather(code) }
 }
 
 /// Gathers: what an exception leaves above the elements done is not architectural.
@@ -63,11 +47,7 @@ pub fn all_forms(seed: u64, rounds: usize, filter: Option<&str>) {
     let mut tally = Tally::default();
     let mut place = 0usize;
     for code in Code::values() {
-        if filter.is_some_and(|f| {
-            !format!("{code:?}")
-                .to_lowercase()
-                .contains(&f.to_lowercase())
-        }) {
+        if filter.is_some_and(|f| !format!("{code:?}").to_lowercase().contains(&f.to_lowercase())) {
             continue;
         }
         if let Some(why) = gen_::excluded(code) {
@@ -75,16 +55,7 @@ pub fn all_forms(seed: u64, rounds: usize, filter: Option<&str>) {
             continue;
         }
         let mut r = Rng::new(seed ^ (code as u64) << 32);
-        one_form(
-            code,
-            rounds,
-            &mut r,
-            &mut guests,
-            &mut host,
-            &components,
-            &mut tally,
-            &mut place,
-        );
+        one_form(code, rounds, &mut r, &mut guests, &mut host, &components, &mut tally, &mut place);
     }
     report(&tally, filter.is_some());
 }
@@ -107,17 +78,12 @@ fn one_form(
     while round < rounds || (!through && found && announced && round < 8 * rounds) {
         round += 1;
         start.randomise(r, components, true);
-        let Some(insn) = gen_::instruction(code, r, &start, 4000) else {
-            continue;
-        };
+        let Some(insn) = gen_::instruction(code, r, &start, 4000) else { continue };
         found = true;
         let i = gen_::decoded(&insn.bytes);
         prepare(&i, &mut start);
         announced = guests[0].vcpu().interp.allows(&i);
-        let mut seq = Sequence {
-            at: *place,
-            insns: vec![insn],
-        };
+        let mut seq = Sequence { at: *place, insns: vec![insn] };
         let mut bytes = seq.bytes();
         if *place + bytes.len() > CODE_BYTES {
             *place = 0;
@@ -142,10 +108,7 @@ fn one_form(
                     diff.truncate(usize::from(want.end != got.end));
                 }
                 if !diff.is_empty() {
-                    let e = tally
-                        .failures
-                        .entry(format!("{code:?} ({})", g.name))
-                        .or_default();
+                    let e = tally.failures.entry(format!("{code:?} ({})", g.name)).or_default();
                     e.0 += 1;
                     if e.1.is_empty() {
                         e.1 = format!(
@@ -164,30 +127,15 @@ fn one_form(
     if !found {
         if !guests[0].vcpu().interp.allows(&bare) {
             *tally.excluded.entry("not announced").or_default() += 1;
-        } else if matches!(
-            code,
-            Code::Ud0_r16_rm16 | Code::Ud0_r32_rm32 | Code::Ud0_r64_rm64 | Code::Ud0
-        ) {
-            *tally
-                .excluded
-                .entry("the other vendor's encoding")
-                .or_default() += 1;
-        } else if matches!(
-            code.op_code().encoding(),
-            EncodingKind::D3NOW | EncodingKind::MVEX
-        ) {
-            *tally
-                .excluded
-                .entry("an encoding of no processor that hosts this")
-                .or_default() += 1;
+        } else if matches!(code, Code::Ud0_r16_rm16 | Code::Ud0_r32_rm32 | Code::Ud0_r64_rm64 | Code::Ud0) {
+            *tally.excluded.entry("the other vendor's encoding").or_default() += 1;
+        } else if matches!(code.op_code().encoding(), EncodingKind::D3NOW | EncodingKind::MVEX) {
+            *tally.excluded.entry("an encoding of no processor that hosts this").or_default() += 1;
         } else {
             tally.untested.push(code);
         }
     } else if !announced {
-        *tally
-            .excluded
-            .entry("not announced: raises #UD")
-            .or_default() += 1;
+        *tally.excluded.entry("not announced: raises #UD").or_default() += 1;
     } else {
         tally.tested += 1;
         tally.through += usize::from(through);
@@ -200,10 +148,7 @@ fn one_form(
 /// Makes the start fit the instruction.
 fn prepare(i: &iced_x86::Instruction, start: &mut Start) {
     let at = (start.gpr[4] - super::machine::DATA) as usize;
-    if matches!(
-        i.mnemonic(),
-        Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq
-    ) {
+    if matches!(i.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq) {
         // No single-stepping; not the nested-task flag, on which the host's kernel looks.
         start.data[at + 1] &= !0x41;
     }
@@ -243,11 +188,7 @@ fn prepare(i: &iced_x86::Instruction, start: &mut Start) {
 /// What an instruction that is not announced does.
 fn undefined(seq: &Sequence, start: &Start) -> super::machine::Outcome {
     super::machine::Outcome {
-        end: End::Exception {
-            vector: 6,
-            code: 0,
-            cr2: 0,
-        },
+        end: End::Exception { vector: 6, code: 0, cr2: 0 },
         gpr: start.gpr,
         rip: super::machine::CODE + seq.at as u64,
         rflags: start.rflags,
@@ -259,10 +200,7 @@ fn undefined(seq: &Sequence, start: &Start) -> super::machine::Outcome {
 }
 
 fn report(t: &Tally, partial: bool) {
-    println!(
-        "forms tested against the host: {} ({} of them to the end)",
-        t.tested, t.through
-    );
+    println!("forms tested against the host: {} ({} of them to the end)", t.tested, t.through);
     for (why, n) in &t.excluded {
         println!("  excluded: {n:5} {why}");
     }
@@ -271,15 +209,7 @@ fn report(t: &Tally, partial: bool) {
     for (what, (n, first)) in &t.failures {
         println!("FAIL {what}: {n} times, first {first}");
     }
-    assert!(
-        t.failures.is_empty(),
-        "{} form/engine pairs differ",
-        t.failures.len()
-    );
-    assert!(
-        t.untested.is_empty(),
-        "forms without a test: {:?}",
-        t.untested
-    );
+    assert!(t.failures.is_empty(), "{} form/engine pairs differ", t.failures.len());
+    assert!(t.untested.is_empty(), "forms without a test: {:?}", t.untested);
     assert!(partial || t.tested > 1000, "only {} forms", t.tested);
 }

@@ -47,11 +47,7 @@ fn candidate(op: &OpCodeInfo, r: &mut Rng) -> Option<Vec<u8>> {
         _ if op.is_wig() => r.below(2) as u8,
         n => n as u8,
     };
-    let l = if op.is_lig() {
-        r.below(3) as u8
-    } else {
-        op.l() as u8
-    };
+    let l = if op.is_lig() { r.below(3) as u8 } else { op.l() as u8 };
     // Prefixes that every encoding may have.
     if r.one_in(12) {
         b.push(*r.pick(&[0x64u8, 0x65, 0x64, 0x65, 0x3e]));
@@ -81,12 +77,7 @@ fn candidate(op: &OpCodeInfo, r: &mut Rng) -> Option<Vec<u8>> {
             let bcst = if r.one_in(4) { 0x10 } else { 0 };
             let aaa = if r.one_in(2) { 0 } else { inv(r) & 7 };
             let z = if aaa != 0 && r.one_in(2) { 0x80 } else { 0 };
-            b.extend([
-                0x62,
-                p0 | map,
-                w << 7 | vvvv | 4 | pp,
-                z | l << 5 | bcst | v2 | aaa,
-            ]);
+            b.extend([0x62, p0 | map, w << 7 | vvvv | 4 | pp, z | l << 5 | bcst | v2 | aaa]);
             b.push(op.op_code() as u8);
         }
         _ => return None,
@@ -97,11 +88,7 @@ fn candidate(op: &OpCodeInfo, r: &mut Rng) -> Option<Vec<u8>> {
     }
     let mut modrm = b[n];
     // Registers and memory in equal parts.
-    modrm = if r.one_in(2) {
-        modrm | 0xc0
-    } else {
-        modrm & 0x7f
-    };
+    modrm = if r.one_in(2) { modrm | 0xc0 } else { modrm & 0x7f };
     if op.is_group() && op.group_index() >= 0 {
         modrm = modrm & !0x38 | (op.group_index() as u8) << 3;
     }
@@ -119,11 +106,7 @@ fn legacy(op: &OpCodeInfo, r: &mut Rng, b: &mut Vec<u8>, map: u8) {
     }
     let strings = op.can_use_rep_prefix() || op.can_use_repne_prefix();
     if strings && r.one_in(2) {
-        b.push(if op.can_use_repne_prefix() && r.one_in(2) {
-            0xf2
-        } else {
-            0xf3
-        });
+        b.push(if op.can_use_repne_prefix() && r.one_in(2) { 0xf2 } else { 0xf3 });
     }
     if op.fwait() {
         b.insert(0, 0x9b);
@@ -154,10 +137,7 @@ fn legacy(op: &OpCodeInfo, r: &mut Rng, b: &mut Vec<u8>, map: u8) {
     let mut code = op.op_code();
     let plus = op.op_kinds().iter().any(|k| {
         use OpCodeOperandKind as K;
-        matches!(
-            k,
-            K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode | K::sti_opcode
-        )
+        matches!(k, K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode | K::sti_opcode)
     });
     if plus {
         code |= r.below(8) as u32;
@@ -174,20 +154,14 @@ fn vendor() -> u32 {
         let b = std::arch::x86_64::__cpuid(0).ebx;
         b == u32::from_le_bytes(*b"Auth") || b == u32::from_le_bytes(*b"Hygo")
     });
-    if *AMD {
-        DecoderOptions::AMD
-    } else {
-        DecoderOptions::NONE
-    }
+    if *AMD { DecoderOptions::AMD } else { DecoderOptions::NONE }
 }
 
 fn decode(bytes: &[u8], ip: u64) -> Option<(Instruction, ConstantOffsets)> {
     let mut d = Decoder::with_ip(64, bytes, ip, vendor());
     let i = d.decode();
     // LIMIT: the decoder takes F3 REX.B 90 for PAUSE; processors execute XCHG.
-    if i.is_invalid()
-        || (i.mnemonic() == Mnemonic::Pause && bytes[..i.len()].iter().any(|b| b & 0xf1 == 0x41))
-    {
+    if i.is_invalid() || (i.mnemonic() == Mnemonic::Pause && bytes[..i.len()].iter().any(|b| b & 0xf1 == 0x41)) {
         return None;
     }
     let c = d.get_constant_offsets(&i);
@@ -261,19 +235,12 @@ pub fn instruction(code: Code, r: &mut Rng, s: &Start, tries: usize) -> Option<I
     let wild = r.one_in(10);
     for _ in 0..tries {
         let mut b = candidate(op, r)?;
-        let Some((i, c)) = decode(&b, CODE) else {
-            continue;
-        };
+        let Some((i, c)) = decode(&b, CODE) else { continue };
         if i.code() != code || i.len() > 15 {
             continue;
         }
         b.truncate(i.len());
-        let mut insn = Insn {
-            bytes: b,
-            branch: None,
-            rip_data: None,
-            id: 0,
-        };
+        let mut insn = Insn { bytes: b, branch: None, rip_data: None, id: 0 };
         if c.displacement_size() > 0 {
             displacement(&mut insn, &i, &c, r);
         }
@@ -291,9 +258,7 @@ pub fn instruction(code: Code, r: &mut Rng, s: &Start, tries: usize) -> Option<I
                 insn.bytes[at..at + n].copy_from_slice(&v[..n]);
             }
         }
-        let Some((j, _)) = decode(&insn.bytes, CODE) else {
-            continue;
-        };
+        let Some((j, _)) = decode(&insn.bytes, CODE) else { continue };
         if j.code() != code || j.len() != insn.bytes.len() {
             continue;
         }
@@ -347,15 +312,8 @@ impl Sequence {
             let next = self.at + out.len() + b.len();
             if let Some((off, n, target)) = i.branch {
                 // A target that was removed: the next one that is there.
-                let later = starts
-                    .iter()
-                    .filter(|(id, _)| *id >= target)
-                    .min_by_key(|(id, _)| *id);
-                let to = if target == u32::MAX {
-                    end
-                } else {
-                    later.map_or(end, |(_, a)| *a)
-                };
+                let later = starts.iter().filter(|(id, _)| *id >= target).min_by_key(|(id, _)| *id);
+                let to = if target == u32::MAX { end } else { later.map_or(end, |(_, a)| *a) };
                 let rel = to as i64 - next as i64;
                 if n > 1 || i8::try_from(rel).is_ok() {
                     b[off..off + n].copy_from_slice(&rel.to_le_bytes()[..n]);
@@ -390,8 +348,7 @@ pub fn excluded(code: Code) -> Option<&'static str> {
     if !op.mode64() {
         return Some("does not exist in 64-bit mode");
     }
-    if op.decoder_option() & !DecoderOptions::AMD != 0 || matches!(op.mnemonic(), Montmul | Pcommit)
-    {
+    if op.decoder_option() & !DecoderOptions::AMD != 0 || matches!(op.mnemonic(), Montmul | Pcommit) {
         return Some("an extension of no processor that hosts this");
     }
     if op.fwait() {
@@ -408,9 +365,7 @@ pub fn excluded(code: Code) -> Option<&'static str> {
         Iret | Iretd | Iretq | Retf | Lar | Lsl | Verr | Verw | Lss | Lfs | Lgs | Lds | Les => {
             "depends on the descriptor tables; see the conformance suite"
         }
-        Sgdt | Sidt | Sldt | Str | Smsw => {
-            "the host's kernel emulates it; see the conformance suite"
-        }
+        Sgdt | Sidt | Sldt | Str | Smsw => "the host's kernel emulates it; see the conformance suite",
         Xbegin | Xend | Xabort | Xtest => "transactions are not announced",
         Vmcall | Vmmcall | Vmfunc => "a call to the host's hypervisor",
         Monitor | Mwait | Monitorx | Mwaitx | Umonitor | Umwait | Tpause => {
@@ -422,27 +377,15 @@ pub fn excluded(code: Code) -> Option<&'static str> {
         _ if op.is_privileged() || op.must_be_cpl0() => {
             "privileged: the engine's tests and the conformance suite have it"
         }
-        Jmp | Call
-            if matches!(
-                code,
-                Code::Jmp_m1616
-                    | Code::Jmp_m1632
-                    | Code::Jmp_m1664
-                    | Code::Call_m1616
-                    | Code::Call_m1632
-                    | Code::Call_m1664
-            ) =>
+        Jmp | Call if matches!(code, Code::Jmp_m1616 | Code::Jmp_m1632 | Code::Jmp_m1664
+            | Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664) =>
         {
             "depends on the descriptor tables; see the conformance suite"
         }
-        Mov | Pop
-            if op.op_kinds().first().is_some_and(|k| {
-                use OpCodeOperandKind as K;
-                matches!(
-                    k,
-                    K::seg_reg | K::es | K::cs | K::ss | K::ds | K::fs | K::gs
-                )
-            }) =>
+        Mov | Pop if op.op_kinds().first().is_some_and(|k| {
+            use OpCodeOperandKind as K;
+            matches!(k, K::seg_reg | K::es | K::cs | K::ss | K::ds | K::fs | K::gs)
+        }) =>
         {
             "depends on the descriptor tables; see the conformance suite"
         }

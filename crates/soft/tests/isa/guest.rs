@@ -2,10 +2,7 @@
 //! of 64-bit mode, with the address layout of [`super::machine`].
 
 // UNSAFETY: copies to and from guest memory through its host address.
-#![allow(
-    unsafe_code,
-    reason = "pokes guest RAM without the bookkeeping of device writes"
-)]
+#![allow(unsafe_code, reason = "pokes guest RAM without the bookkeeping of device writes")]
 
 use std::sync::{Arc, OnceLock};
 
@@ -71,60 +68,24 @@ pub struct Guest {
 pub fn settings() -> Vec<(&'static str, SoftOptions)> {
     let d = SoftOptions::default;
     vec![
-        (
-            "interpreter",
-            SoftOptions {
-                translate: false,
-                ..d()
-            },
-        ),
-        (
-            "translator",
-            SoftOptions {
-                code_cache_bytes: 1 << 20,
-                ..d()
-            },
-        ),
-        (
-            "translator, no links",
-            SoftOptions {
-                link: false,
-                code_cache_bytes: 1 << 20,
-                ..d()
-            },
-        ),
+        ("interpreter", SoftOptions { translate: false, ..d() }),
+        ("translator", SoftOptions { code_cache_bytes: 1 << 20, ..d() }),
+        ("translator, no links", SoftOptions { link: false, code_cache_bytes: 1 << 20, ..d() }),
         (
             "translator, single instructions",
-            SoftOptions {
-                block_insns_max: 1,
-                code_cache_bytes: 1 << 20,
-                ..d()
-            },
+            SoftOptions { block_insns_max: 1, code_cache_bytes: 1 << 20, ..d() },
         ),
-        (
-            "translator, tiny cache",
-            SoftOptions {
-                code_cache_bytes: 64 << 10,
-                ..d()
-            },
-        ),
+        ("translator, tiny cache", SoftOptions { code_cache_bytes: 64 << 10, ..d() }),
         (
             "translator, precise flags",
-            SoftOptions {
-                precise_flags: true,
-                code_cache_bytes: 1 << 20,
-                ..d()
-            },
+            SoftOptions { precise_flags: true, code_cache_bytes: 1 << 20, ..d() },
         ),
     ]
 }
 
 /// All engines.
 pub fn all() -> Vec<Guest> {
-    settings()
-        .into_iter()
-        .map(|(n, o)| Guest::new(n, o))
-        .collect()
+    settings().into_iter().map(|(n, o)| Guest::new(n, o)).collect()
 }
 
 impl Guest {
@@ -132,9 +93,7 @@ impl Guest {
         let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
         let io = Arc::new(Stopper::default());
         let host = HostCpuid::read(0);
-        let cpuid = guest_cpuid("host", &host, EngineKind::Soft, 1)
-            .unwrap()
-            .table;
+        let cpuid = guest_cpuid("host", &host, EngineKind::Soft, 1).unwrap().table;
         let exact = !options.translate || options.precise_flags;
         let vm = SoftVm::with_options(
             VmConfig {
@@ -152,15 +111,7 @@ impl Guest {
         let mut vcpu = vm.take_soft_vcpu(0).unwrap();
         let base = base_state();
         vcpu.set_state(&base).unwrap();
-        Guest {
-            name,
-            exact,
-            vcpu,
-            memory,
-            components: Components::of_host(),
-            base,
-            _vm: vm,
-        }
+        Guest { name, exact, vcpu, memory, components: Components::of_host(), base, _vm: vm }
     }
 
     /// The guest's answer to what it may execute.
@@ -233,9 +184,7 @@ impl Guest {
         }
         let vector = (vector / 16) as u8;
         let word = |n: u64| {
-            self.memory
-                .read_u64(c.gpr[4].wrapping_sub(KERNEL).wrapping_add(8 * n))
-                .unwrap_or(0)
+            self.memory.read_u64(c.gpr[4].wrapping_sub(KERNEL).wrapping_add(8 * n)).unwrap_or(0)
         };
         let with_code = matches!(vector, 8 | 10..=14 | 17);
         let n = u64::from(with_code);
@@ -269,11 +218,7 @@ fn layout(m: &GuestMemory) {
     for n in 0..(DATA_BYTES as u64 >> 12) {
         page(DATA + (n << 12), DATA_GPA + (n << 12), P | W | U | NX);
     }
-    page(
-        DATA + DATA_BYTES as u64,
-        DATA_GPA + DATA_BYTES as u64,
-        P | U | NX,
-    );
+    page(DATA + DATA_BYTES as u64, DATA_GPA + DATA_BYTES as u64, P | U | NX);
     page(END, END_GPA, P | U);
     w(pml4 + 256 * 8, kpdpt | P | W);
     w(kpdpt, kpd | P | W);
@@ -290,10 +235,7 @@ fn layout(m: &GuestMemory) {
     for v in 0..32u64 {
         let h = KERNEL + HANDLERS + 16 * v;
         let dpl = if v == 3 || v == 4 { 3 } else { 0 };
-        w(
-            IDT + 16 * v,
-            h & 0xffff | 0x10 << 16 | (0x8e00 | dpl << 13) << 32 | (h >> 16 & 0xffff) << 48,
-        );
+        w(IDT + 16 * v, h & 0xffff | 0x10 << 16 | (0x8e00 | dpl << 13) << 32 | (h >> 16 & 0xffff) << 48);
         w(IDT + 16 * v + 8, h >> 32);
         m.write(HANDLERS + 16 * v, &[0xe6, PORT]).unwrap();
     }
@@ -322,41 +264,14 @@ fn base_state() -> CpuState {
     s.cr3 = 0x1000;
     s.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
     s.xcr0 = u64::from(pyrite_soft::xlate::host_xsave_mask());
-    let null = Segment {
-        attr: Segment::UNUSABLE,
-        ..Segment::default()
-    };
+    let null = Segment { attr: Segment::UNUSABLE, ..Segment::default() };
     s.seg = [null; 6];
-    s.seg[1] = Segment {
-        limit: u32::MAX,
-        attr: 0xa0fb,
-        selector: 0x33,
-        ..Segment::default()
-    };
-    s.seg[2] = Segment {
-        limit: u32::MAX,
-        attr: 0xc0f3,
-        selector: 0x2b,
-        ..Segment::default()
-    };
-    s.tr = Segment {
-        base: KERNEL + TSS,
-        limit: 0x88,
-        attr: 0x8b,
-        selector: 0x40,
-        ..null
-    };
+    s.seg[1] = Segment { limit: u32::MAX, attr: 0xa0fb, selector: 0x33, ..Segment::default() };
+    s.seg[2] = Segment { limit: u32::MAX, attr: 0xc0f3, selector: 0x2b, ..Segment::default() };
+    s.tr = Segment { base: KERNEL + TSS, limit: 0x88, attr: 0x8b, selector: 0x40, ..null };
     s.ldtr = null;
-    s.gdtr = TableReg {
-        base: KERNEL + GDT,
-        limit: 0x4f,
-        reserved: 0,
-    };
-    s.idtr = TableReg {
-        base: KERNEL + IDT,
-        limit: 0x1ff,
-        reserved: 0,
-    };
+    s.gdtr = TableReg { base: KERNEL + GDT, limit: 0x4f, reserved: 0 };
+    s.idtr = TableReg { base: KERNEL + IDT, limit: 0x1ff, reserved: 0 };
     s.rflags = 0x202;
     s
 }

@@ -168,13 +168,8 @@ unsafe extern "sysv64" {
 static OWNER: Mutex<()> = Mutex::new(());
 static READY: AtomicBool = AtomicBool::new(false);
 static OLD: [AtomicUsize; 5] = [const { AtomicUsize::new(0) }; 5];
-const SIGNALS: [i32; 5] = [
-    libc::SIGSEGV,
-    libc::SIGBUS,
-    libc::SIGFPE,
-    libc::SIGILL,
-    libc::SIGTRAP,
-];
+const SIGNALS: [i32; 5] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
 
 /// The right to run sequences on the host.
 pub struct Host {
@@ -185,20 +180,11 @@ pub struct Host {
 }
 
 fn map(addr: u64, len: usize, prot: i32, flags: i32, fd: i32) -> *mut u8 {
-    let flags = if addr != 0 {
-        flags | libc::MAP_FIXED
-    } else {
-        flags
-    };
+    let flags = if addr != 0 { flags | libc::MAP_FIXED } else { flags };
     // SAFETY: a fixed address is one of the layout, which nothing else uses: low memory is not
     // handed out by the kernel.
     let p = unsafe { libc::mmap(addr as *mut _, len, prot, flags, fd, 0) };
-    assert_ne!(
-        p,
-        libc::MAP_FAILED,
-        "{addr:#x}: {}",
-        std::io::Error::last_os_error()
-    );
+    assert_ne!(p, libc::MAP_FAILED, "{addr:#x}: {}", std::io::Error::last_os_error());
     p.cast()
 }
 
@@ -208,13 +194,7 @@ fn map_twice(addr: u64, len: usize, prot: i32) -> *mut u8 {
     let fd = unsafe { libc::memfd_create(c"isa-test".as_ptr(), 0) };
     // SAFETY: as above.
     assert!(fd >= 0 && unsafe { libc::ftruncate(fd, len as i64) } == 0);
-    let rw = map(
-        0,
-        len,
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_SHARED,
-        fd,
-    );
+    let rw = map(0, len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd);
     // SAFETY: the mapping is this long.
     unsafe { std::ptr::write_bytes(rw, 0xcc, len) };
     map(addr, len, prot, libc::MAP_SHARED | libc::MAP_POPULATE, fd);
@@ -245,12 +225,7 @@ impl Host {
         }
         pyrite_soft::signals::prepare_thread();
         watch();
-        Host {
-            _owner: owner,
-            code,
-            ro,
-            components: Components::of_host(),
-        }
+        Host { _owner: owner, code, ro, components: Components::of_host() }
     }
 
     /// Puts code at `CODE + at` (for the next run).
@@ -292,11 +267,7 @@ impl Host {
                 let vector = n as u8 - 1;
                 End::Exception {
                     vector,
-                    code: if matches!(vector, 8 | 10..=14 | 17) {
-                        c.code as u32
-                    } else {
-                        0
-                    },
+                    code: if matches!(vector, 8 | 10..=14 | 17) { c.code as u32 } else { 0 },
                     cr2: if vector == 14 { c.cr2 } else { 0 },
                 }
             }
@@ -332,10 +303,7 @@ fn install() {
         old.sa_sigaction
     };
     for (n, sig) in SIGNALS.into_iter().enumerate() {
-        OLD[n].store(
-            handler(sig, on_signal as *const () as usize),
-            Ordering::SeqCst,
-        );
+        OLD[n].store(handler(sig, on_signal as *const () as usize), Ordering::SeqCst);
     }
     handler(libc::SIGALRM, on_alarm as *const () as usize);
 }
@@ -346,27 +314,15 @@ fn watch() {
     let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
     event.sigev_notify = libc::SIGEV_THREAD_ID;
     event.sigev_signo = libc::SIGALRM;
-    let every = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 50_000_000,
-    };
-    let times = libc::itimerspec {
-        it_interval: every,
-        it_value: every,
-    };
+    let every = libc::timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+    let times = libc::itimerspec { it_interval: every, it_value: every };
     let mut timer: libc::timer_t = std::ptr::null_mut();
     // SAFETY: plain system calls; the timer is never deleted and fires into a handler that ignores
     // what is not its.
     unsafe {
         event.sigev_notify_thread_id = libc::gettid();
-        assert_eq!(
-            libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer),
-            0
-        );
-        assert_eq!(
-            libc::timer_settime(timer, 0, &times, std::ptr::null_mut()),
-            0
-        );
+        assert_eq!(libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer), 0);
+        assert_eq!(libc::timer_settime(timer, 0, &times, std::ptr::null_mut()), 0);
     }
 }
 
@@ -384,22 +340,9 @@ fn leave(u: &mut libc::ucontext_t, kind: u64) {
     (c.fs_out, c.gs_out) = (fs, gs);
     let g = &mut u.uc_mcontext.gregs;
     let order = [
-        libc::REG_RAX,
-        libc::REG_RCX,
-        libc::REG_RDX,
-        libc::REG_RBX,
-        libc::REG_RSP,
-        libc::REG_RBP,
-        libc::REG_RSI,
-        libc::REG_RDI,
-        libc::REG_R8,
-        libc::REG_R9,
-        libc::REG_R10,
-        libc::REG_R11,
-        libc::REG_R12,
-        libc::REG_R13,
-        libc::REG_R14,
-        libc::REG_R15,
+        libc::REG_RAX, libc::REG_RCX, libc::REG_RDX, libc::REG_RBX, libc::REG_RSP, libc::REG_RBP,
+        libc::REG_RSI, libc::REG_RDI, libc::REG_R8, libc::REG_R9, libc::REG_R10, libc::REG_R11,
+        libc::REG_R12, libc::REG_R13, libc::REG_R14, libc::REG_R15,
     ];
     for (n, r) in order.into_iter().enumerate() {
         c.gpr_out[n] = g[r as usize] as u64;

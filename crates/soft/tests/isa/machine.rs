@@ -117,36 +117,13 @@ pub fn interesting(r: &mut Rng) -> u64 {
 }
 
 const F32: [u32; 14] = [
-    0,
-    0x8000_0000,
-    0x3f80_0000,
-    0xbf80_0000,
-    0x7f80_0000,
-    0xff80_0000,
-    0x7fc0_0000,
-    0x7f80_0001,
-    1,
-    0x007f_ffff,
-    0x0080_0000,
-    0x7f7f_ffff,
-    0x4f00_0000,
-    0xcf00_0000,
+    0, 0x8000_0000, 0x3f80_0000, 0xbf80_0000, 0x7f80_0000, 0xff80_0000, 0x7fc0_0000, 0x7f80_0001,
+    1, 0x007f_ffff, 0x0080_0000, 0x7f7f_ffff, 0x4f00_0000, 0xcf00_0000,
 ];
 const F64: [u64; 14] = [
-    0,
-    1 << 63,
-    0x3ff0 << 48,
-    0xbff0 << 48,
-    0x7ff0 << 48,
-    0xfff0 << 48,
-    0x7ff8 << 48,
-    0x7ff0_0000_0000_0001,
-    1,
-    0x000f_ffff_ffff_ffff,
-    0x0010 << 48,
-    0x7fef_ffff_ffff_ffff,
-    0x41e0 << 48,
-    0xc3e0 << 48,
+    0, 1 << 63, 0x3ff0 << 48, 0xbff0 << 48, 0x7ff0 << 48, 0xfff0 << 48, 0x7ff8 << 48,
+    0x7ff0_0000_0000_0001, 1, 0x000f_ffff_ffff_ffff, 0x0010 << 48, 0x7fef_ffff_ffff_ffff,
+    0x41e0 << 48, 0xc3e0 << 48,
 ];
 
 /// Fills bytes with integers, floats of both sizes, small numbers or noise.
@@ -248,11 +225,7 @@ impl Start {
             if *n == 5 && r.below(2) == 0 {
                 // Masks that are full, or have few lanes.
                 for k in a[range.clone()].chunks_mut(8) {
-                    let m = if r.below(2) == 0 {
-                        u64::MAX
-                    } else {
-                        r.next() & r.next()
-                    };
+                    let m = if r.below(2) == 0 { u64::MAX } else { r.next() & r.next() };
                     k.copy_from_slice(&m.to_le_bytes());
                 }
             }
@@ -290,11 +263,7 @@ impl Start {
             _ => top,
         };
         a[2..4].copy_from_slice(&fsw.to_le_bytes());
-        a[4] = if r.below(3) == 0 {
-            0xff
-        } else {
-            r.next() as u8
-        };
+        a[4] = if r.below(3) == 0 { 0xff } else { r.next() as u8 };
         let mxcsr: u32 = match r.below(4) {
             0 => 0x1f80 | (r.next() as u32 & 0xe07f),
             1 => r.next() as u32 & 0xffc0,
@@ -330,16 +299,7 @@ pub struct Tolerance {
 /// Lists the differences; empty = equal.
 pub fn differences(want: &Outcome, got: &Outcome, c: &Components, t: Tolerance) -> Vec<String> {
     let mut out = Vec::new();
-    let gp = |e| {
-        matches!(
-            e,
-            End::Exception {
-                vector: 13,
-                code: 0,
-                ..
-            }
-        )
-    };
+    let gp = |e| matches!(e, End::Exception { vector: 13, code: 0, .. });
     let canonical = |x: u64| (x as i64) << 16 >> 16 == x as i64;
     if t.late_canonical && gp(want.end) && gp(got.end) && !canonical(got.rip) {
         return out;
@@ -347,16 +307,8 @@ pub fn differences(want: &Outcome, got: &Outcome, c: &Components, t: Tolerance) 
     let end_differs = match (want.end, got.end) {
         // The upper half belongs to the host's kernel: present or not is its affair.
         (
-            End::Exception {
-                vector: 14,
-                code: a,
-                cr2: x,
-            },
-            End::Exception {
-                vector: 14,
-                code: b,
-                cr2: y,
-            },
+            End::Exception { vector: 14, code: a, cr2: x },
+            End::Exception { vector: 14, code: b, cr2: y },
         ) => {
             let mask = if t.cr2_page_only { !0xfff } else { u64::MAX };
             (x ^ y) & mask != 0 || (if x >> 47 != 0 { (a ^ b) & !1 } else { a ^ b }) != 0
@@ -368,10 +320,7 @@ pub fn differences(want: &Outcome, got: &Outcome, c: &Components, t: Tolerance) 
     }
     for n in 0..16 {
         if want.gpr[n] != got.gpr[n] {
-            out.push(format!(
-                "gpr {n}: {:#x}, not {:#x}",
-                got.gpr[n], want.gpr[n]
-            ));
+            out.push(format!("gpr {n}: {:#x}, not {:#x}", got.gpr[n], want.gpr[n]));
         }
     }
     if want.rip != got.rip {
@@ -407,12 +356,7 @@ pub fn differences(want: &Outcome, got: &Outcome, c: &Components, t: Tolerance) 
         }
     }
     if want.data != got.data {
-        let at = want
-            .data
-            .iter()
-            .zip(&got.data)
-            .position(|(a, b)| a != b)
-            .unwrap_or(0);
+        let at = want.data.iter().zip(&got.data).position(|(a, b)| a != b).unwrap_or(0);
         let end = (at + 16).min(want.data.len());
         out.push(format!(
             "memory at {:#x}: {:02x?}, not {:02x?}",
