@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 pub mod fixtures;
 pub mod guest;
+pub mod user_space;
 
 /// The pyrite executable of this build, built if need be.
 pub fn pyrite() -> &'static Path {
@@ -165,6 +166,13 @@ impl Session {
     /// was seen if that takes longer than `limit`.
     pub fn expect(&mut self, text: &str, limit: Duration) {
         self.until(text, limit);
+    }
+
+    /// Like [`Session::expect`]; what was printed up to and with `text`.
+    pub fn read_until(&mut self, text: &str, limit: Duration) -> String {
+        let mut out = self.until(text, limit);
+        out.push_str(text);
+        out
     }
 
     /// As [`Session::expect`]; what was printed before `text`.

@@ -135,7 +135,7 @@ fn boot(case: Case, guest: &fixtures::Guest, log: &std::path::Path) {
     let mut command = Command::new(pyrite());
     command
         .args(["run", "--engine", "soft", "--timeout", "8m", "--no-reboot"])
-        .args(["--console", "serial", "--host-access"])
+        .args(["--console", "serial", "--host-loopback"])
         .args(["--append", "console=ttyS0 panic=-1"])
         .arg("--kernel")
         .arg(&guest.kernel)

@@ -161,9 +161,9 @@ pub struct NetSpec {
     /// Ports that lead into the guest.
     #[serde(default)]
     pub forwards: Vec<ForwardSpec>,
-    /// The guest may reach the host's loopback, as the router's address.
+    /// The guest may reach the host's loopback as the router's address.
     #[serde(default)]
-    pub host_access: bool,
+    pub host_loopback: bool,
 }
 
 /// A VM.
@@ -359,8 +359,8 @@ impl VmSpec {
     }
 
     fn validate_net(&self, bad: &mut dyn FnMut(String, String)) {
-        if self.net.kind == NetKind::None && self.net.host_access {
-            bad("net.host_access".into(), "needs the user network".into());
+        if self.net.kind == NetKind::None && self.net.host_loopback {
+            bad("net.host_loopback".into(), "needs the user network".into());
         }
         let forwards = &self.net.forwards;
         if self.net.kind == NetKind::None && !forwards.is_empty() {

@@ -133,9 +133,9 @@ pub struct RunArgs {
         value_parser = parse_forward
     )]
     pub forwards: Vec<ForwardSpec>,
-    /// Let the guest reach services of this host's 127.0.0.1, as 10.0.2.2
+    /// Let the guest reach servers on the host's loopback, as 10.0.2.2
     #[arg(long)]
-    pub host_access: bool,
+    pub host_loopback: bool,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -214,7 +214,7 @@ impl RunArgs {
                     NetArg::None => NetKind::None,
                 },
                 forwards: self.forwards.clone(),
-                host_access: self.host_access,
+                host_loopback: self.host_loopback,
             },
             console: console.unwrap_or_default(),
             balloon: self.balloon,
@@ -247,7 +247,7 @@ fn option_of(path: &str) -> &'static str {
         ("cpu_model", _) => "--cpu",
         ("disks", _) => "--disk",
         ("net", p) if p.starts_with("net.forwards") => "-p",
-        ("net", "net.host_access") => "--host-access",
+        ("net", p) if p.starts_with("net.host_loopback") => "--host-loopback",
         ("net", _) => "--net",
         ("console", _) => "--console",
         ("balloon", _) => "--balloon",
@@ -405,7 +405,7 @@ mod tests {
             "2m",
             "--no-reboot",
             "--balloon",
-            "--host-access",
+            "--host-loopback",
             "--module",
             "m a b",
         ])
@@ -419,8 +419,8 @@ mod tests {
         assert_eq!(spec.disks[0].serial.as_deref(), Some("S1"));
         assert!(spec.disks[0].read_only && !spec.disks[1].read_only);
         assert_eq!(spec.disks[1].path, PathBuf::from("a,b"));
+        assert!(spec.net.host_loopback);
         assert_eq!(spec.net.forwards[1].protocol, Protocol::Udp);
-        assert!(spec.net.host_access);
         assert_eq!(spec.time_limit_ms, Some(120_000));
         assert_eq!(spec.reset, ResetPolicy::Stop);
         spec.validate().unwrap();

@@ -271,12 +271,11 @@ impl GuestMemory {
             if self.dirty_logging.load(Ordering::Relaxed) {
                 self.log_dirty(page);
             }
-            if flags.load(Ordering::Acquire) & PAGE_CODE != 0 {
-                if let (Some(l), Some(gpa)) =
+            if flags.load(Ordering::Acquire) & PAGE_CODE != 0
+                && let (Some(l), Some(gpa)) =
                     (self.listener.get(), self.gpa_of_offset(page * PAGE_SIZE))
-                {
-                    l.code_written(gpa);
-                }
+            {
+                l.code_written(gpa);
             }
         }
     }

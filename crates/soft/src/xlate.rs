@@ -31,7 +31,7 @@ use pyrite_x86::bits::{cr0, cr4, efer, rflags};
 use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
 use self::cache::{BlockKey, Cache};
-use self::front::{Front, HostFeatures, Tools};
+use self::front::{Front, HostFeatures, Place, Tools};
 pub use self::layout::FrameArea;
 use self::layout::{JC_ENTRIES, JC_MASK, reason};
 use crate::exception::Trap;
@@ -204,9 +204,8 @@ fn fast_pext() -> bool {
 /// User state components that the host has enabled and the engine keeps for guests: x87, SSE,
 /// AVX, AVX-512.
 pub fn host_xsave_mask() -> u32 {
-    // SAFETY: XGETBV is there wherever OSXSAVE is, and every x86-64-v2+ Linux host sets it; the
-    // feature test below guards it.
     let xcr0 = if std::arch::is_x86_feature_detected!("xsave") {
+        // SAFETY: XGETBV exists where the operating system has enabled XSAVE.
         unsafe { std::arch::x86_64::_xgetbv(0) }
     } else {
         3
@@ -564,10 +563,12 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     let mut t = Front::translate(
         &mut v.xlate.tools,
         bytes,
-        key,
-        base,
-        first_exit,
-        force_poll,
+        Place {
+            key,
+            base,
+            first_exit,
+            force_poll,
+        },
         &|i| interp.allows(i),
         &vm.options,
         v.xlate.host,

@@ -331,7 +331,7 @@ fn user_network(spec: &NetSpec) -> Result<Arc<dyn NetBackend>, AssemblyError> {
         .collect();
     let config = UsernetConfig {
         forwards,
-        host_loopback: spec.host_access,
+        host_loopback: spec.host_loopback,
         ..UsernetConfig::default()
     };
     let net = Usernet::new(config).map_err(|e| input("net.forwards", e.to_string()))?;

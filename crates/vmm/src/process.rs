@@ -73,8 +73,8 @@ fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
     if !now.net.forwards.is_empty() {
         net.forwards = now.net.forwards.clone();
     }
-    // A permission of this host, which no file can give.
-    net.host_access = now.net.host_access;
+    // A grant is given by who runs the VM, not by a file.
+    net.host_loopback = now.net.host_loopback;
     VmSpec {
         engine: now.engine,
         reset: now.reset,

@@ -127,6 +127,18 @@ impl Tools {
     }
 }
 
+/// Which block is translated, and where it goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    pub key: BlockKey,
+    /// Host address at which it will execute.
+    pub base: u64,
+    /// Index that its first exit will get.
+    pub first_exit: u32,
+    /// Its entry must poll, whatever the flags.
+    pub force_poll: bool,
+}
+
 /// The translation of one block.
 pub struct Front<'a> {
     t: &'a mut Tools,
@@ -178,19 +190,21 @@ fn reg_named(n: u8, size: usize) -> Register {
 }
 
 impl<'a> Front<'a> {
-    /// Translates the block at `bytes` (from the block's first byte to the end of its page), which
-    /// will execute at `base`. `first_exit` is the index its first exit will get.
+    /// Translates the block at `bytes` (from the block's first byte, within its page).
     pub fn translate(
         tools: &'a mut Tools,
         bytes: &[u8],
-        key: BlockKey,
-        base: u64,
-        first_exit: u32,
-        force_poll: bool,
+        place: Place,
         allows: &dyn Fn(&Instruction) -> bool,
         options: &'a SoftOptions,
         host: HostFeatures,
     ) -> Translated<'a> {
+        let Place {
+            key,
+            base,
+            first_exit,
+            force_poll,
+        } = place;
         tools.e.restart(base);
         tools.cold.clear();
         tools.exits.clear();

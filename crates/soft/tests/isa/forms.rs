@@ -60,6 +60,10 @@ pub fn all_forms(seed: u64, rounds: usize, filter: Option<&str>) {
     report(&tally, filter.is_some());
 }
 
+#[allow(
+    clippy::too_many_arguments,
+    reason = "the engines and oracles of one form"
+)]
 fn one_form(
     code: Code,
     rounds: usize,

@@ -140,7 +140,7 @@ fn bars(m: &Machine) -> Vec<u64> {
     };
     for slot in 0..32u64 {
         for n in 0..6 {
-            let at = slot << 15 | 0x10 + n * 4;
+            let at = (slot << 15) | (0x10 + n * 4);
             let low = read(at);
             if low & 1 == 0 && low & !0xf != 0 && low != u32::MAX {
                 let high = if low & 4 != 0 { read(at + 4) } else { 0 };

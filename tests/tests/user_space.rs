@@ -1,0 +1,434 @@
+//! A complete Debian 12 under systemd, from a disk, on the software engine.
+//!
+//! The normal tests take a few minutes. `PYRITE_USER_SPACE=full` runs Python's own tests,
+//! stress-ng's verified stressors, Java and Node.js as well, which takes about an hour.
+
+use std::process::Command;
+
+use pyrite_tests::user_space::{FULL, Guest, Image, Repository, SMALL};
+
+/// The image, or a note why the test cannot be done here.
+fn image(packages: &[&str], size: &str) -> Option<Image> {
+    match Image::get(packages, size) {
+        Ok(image) => Some(image),
+        Err(why) => {
+            eprintln!("skipped: {why}");
+            None
+        }
+    }
+}
+
+fn full() -> bool {
+    let asked = std::env::var("PYRITE_USER_SPACE").is_ok_and(|v| v == "full");
+    if !asked {
+        eprintln!("skipped: PYRITE_USER_SPACE is not \"full\"");
+    }
+    asked
+}
+
+/// The system came up without a complaint.
+fn healthy(g: &mut Guest, cpus: &str) {
+    assert_eq!(g.ok("nproc", 60), cpus);
+    assert_eq!(g.ok("systemctl is-system-running --wait", 300), "running");
+    assert_eq!(g.ok("systemctl --failed --no-legend --plain", 60), "");
+    let time = g.ok("systemd-analyze | cat", 60);
+    assert!(time.contains("Startup finished in"), "{time}");
+    // Every CPU runs, time is kept, and the kernel did not stumble.
+    let log = g.ok("journalctl -b -k --no-pager -o cat", 60);
+    for complaint in [
+        "BUG:",
+        "WARNING:",
+        "Call Trace",
+        "soft lockup",
+        "rcu_preempt detected",
+        "general protection",
+        "clocksource: Marking",
+        "unable to handle",
+        "I/O error",
+    ] {
+        assert!(!log.contains(complaint), "{complaint} in\n{log}");
+    }
+}
+
+/// `apt-get install` through the NAT, from a repository that the host serves.
+fn installs(g: &mut Guest, name: &str) {
+    let repository = Repository::serve(name);
+    g.ok("ip route | grep -q 'default via 10.0.2.2'", 60);
+    g.ok(
+        &format!(
+            "echo 'deb [trusted=yes] http://10.0.2.2:{}/ ./' >/root/list",
+            repository.port
+        ),
+        60,
+    );
+    let only = "-o Dir::Etc::SourceList=/root/list -o Dir::Etc::SourceParts=/dev/null";
+    g.ok(&format!("apt-get -q {only} update"), 120);
+    g.ok(&format!("apt-get -qy {only} install pyrite-greeting"), 240);
+    assert_eq!(g.ok("pyrite-greeting", 60), "greetings from the package");
+    // dpkg's own check of what was unpacked against the package's sums.
+    assert_eq!(g.ok("dpkg --verify pyrite-greeting", 60), "");
+}
+
+/// Compiles the programs, runs them, and has the host run what the guest compiled.
+fn programs(g: &mut Guest) {
+    for program in ["jit", "signals", "threads", "fp"] {
+        g.ok(
+            &format!("gcc -O2 -static -w -o {program} {program}.c -lm"),
+            300,
+        );
+        let output = g.ok(&format!("./{program} | tee {program}.out"), 300);
+        assert!(output.ends_with(&format!("{program} ok")), "{output}");
+    }
+}
+
+/// OpenSSL, Python and Perl agree with themselves here and with what is known.
+fn languages(g: &mut Guest) {
+    let out = g.ok(
+        "bash -o pipefail crypto.sh >crypto.out; tail -n 1 crypto.out",
+        600,
+    );
+    assert_eq!(out, "crypto ok");
+    g.ok("python3 check.py", 300);
+    g.ok("perl check.pl", 300);
+    // Compression there and back.
+    g.ok(
+        "tar -C /usr/share -cf /tmp/t.tar perl && for c in gzip xz zstd; do \
+         $c -3 </tmp/t.tar | $c -d | cmp - /tmp/t.tar || exit; done",
+        300,
+    );
+}
+
+/// What the guest computed is what the host computes: the guest's executable, and the script.
+fn same_on_the_host(disk: &pyrite_tests::user_space::Disk) {
+    let guest = std::fs::read_to_string(disk.file("/root/guest/fp.out")).expect("output");
+    let host = Command::new(disk.file("/root/guest/fp"))
+        .output()
+        .expect("runs here");
+    assert_eq!(String::from_utf8_lossy(&host.stdout), guest);
+    let guest = std::fs::read_to_string(disk.file("/root/guest/crypto.out")).expect("output");
+    let host = Command::new("sh")
+        .arg(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/fixtures/guest/crypto.sh"
+        ))
+        .output();
+    match host {
+        // Another OpenSSL may lack some of the ciphers.
+        Ok(host) if host.status.success() => {
+            assert_eq!(String::from_utf8_lossy(&host.stdout), guest);
+        }
+        _ => eprintln!("not compared: the host's openssl"),
+    }
+}
+
+#[test]
+fn a_debian_system_comes_up_and_works_on_one_cpu() {
+    let Some(image) = image(SMALL, "3G") else {
+        return;
+    };
+    let mut g = Guest::boot(&image, "debian-1", &["--cpus", "1", "--memory", "1G"]);
+    healthy(&mut g, "1");
+    installs(&mut g, "repository-1");
+    programs(&mut g);
+    languages(&mut g);
+    healthy(&mut g, "1");
+    let disk = g.power_off();
+    disk.check();
+    same_on_the_host(&disk);
+}
+
+#[test]
+fn a_debian_system_comes_up_and_shuts_down_on_two_cpus() {
+    let Some(image) = image(SMALL, "3G") else {
+        return;
+    };
+    let mut g = Guest::boot(&image, "debian-2", &["--cpus", "2", "--memory", "512M"]);
+    healthy(&mut g, "2");
+    installs(&mut g, "repository-2");
+    g.power_off().check();
+}
+
+#[test]
+fn a_debian_system_comes_up_and_works_on_four_cpus() {
+    let Some(image) = image(SMALL, "3G") else {
+        return;
+    };
+    let mut g = Guest::boot(&image, "debian-4", &["--cpus", "4", "--memory", "1G"]);
+    healthy(&mut g, "4");
+    programs(&mut g);
+    healthy(&mut g, "4");
+    g.power_off().check();
+}
+
+/// Modules of Python's test suite.
+const PYTHON: &[&str] = &[
+    "math",
+    "cmath",
+    "float",
+    "strtod",
+    "long",
+    "int",
+    "complex",
+    "decimal",
+    "fractions",
+    "random",
+    "statistics",
+    "struct",
+    "array",
+    "bytes",
+    "unicode",
+    "memoryview",
+    "dict",
+    "set",
+    "sort",
+    "heapq",
+    "bisect",
+    "itertools",
+    "functools",
+    "generators",
+    "coroutines",
+    "exceptions",
+    "compile",
+    "ast",
+    "re",
+    "json",
+    "pickle",
+    "marshal",
+    "binascii",
+    "hashlib",
+    "zlib",
+    "gzip",
+    "bz2",
+    "lzma",
+    "zipfile",
+    "tarfile",
+    "sqlite3",
+    "ctypes",
+    "capi",
+    "mmap",
+    "fcntl",
+    "os",
+    "posix",
+    "time",
+    "datetime",
+    "signal",
+    "faulthandler",
+    "subprocess",
+    "fork1",
+    "wait4",
+    "thread",
+    "threading",
+    "queue",
+    "select",
+    "selectors",
+    "epoll",
+    "socket",
+    "ssl",
+    "resource",
+    "tempfile",
+    "shutil",
+];
+
+/// Stressors that check their results, or that press on what an engine finds hard.
+const STRESS: &[&str] = &[
+    "matrix",
+    "matrix-3d",
+    "fp",
+    "fp-error",
+    "fpunch",
+    "vecmath",
+    "vecwide",
+    "vecshuf",
+    "vecfp",
+    "futex",
+    "mutex",
+    "atomic",
+    "cacheline",
+    "dekker",
+    "peterson",
+    "lockbus",
+    "mcontend",
+    "membarrier",
+    "mmap",
+    "mmapfork",
+    "mremap",
+    "mprotect",
+    "madvise",
+    "munmap",
+    "stack",
+    "stackmmap",
+    "tlb-shootdown",
+    "userfaultfd",
+    "fork",
+    "vfork",
+    "clone",
+    "exec",
+    "pthread",
+    "switch",
+    "yield",
+    "sigfpe",
+    "sigsegv",
+    "sigtrap",
+    "sigabrt",
+    "sigchld",
+    "sigq",
+    "sigrt",
+    "sigsuspend",
+    "bad-altstack",
+    "far-branch",
+    "branch",
+    "funccall",
+    "funcret",
+    "goto",
+    "longjmp",
+    "nop",
+    "opcode",
+    "misaligned",
+    "priv-instr",
+    "usersyscall",
+    "x86cpuid",
+    "x86syscall",
+    "regs",
+    "tsc",
+    "rdrand",
+    "timer",
+    "timerfd",
+    "itimer",
+    "hrtimers",
+    "clock",
+    "nanosleep",
+    "alarm",
+    "cpu-online",
+    "memcpy",
+    "memrate",
+    "str",
+    "wcs",
+    "malloc",
+    "brk",
+    "bigheap",
+    "bsearch",
+    "qsort",
+    "hsearch",
+    "hash",
+    "heapsort",
+    "mergesort",
+    "radixsort",
+    "shellsort",
+    "skiplist",
+    "tree",
+    "judy",
+    "list",
+    "sparsematrix",
+    "zlib",
+    "crypt",
+    "jpeg",
+    "pipe",
+    "poll",
+    "eventfd",
+    "sem",
+    "sem-sysv",
+    "shm",
+    "msg",
+    "sock",
+    "sockpair",
+    "udp",
+    "splice",
+    "tee",
+    "vm-rw",
+    "vm-splice",
+    "vm-segv",
+    "hdd",
+    "io",
+    "iomix",
+    "aio",
+    "dentry",
+    "rename",
+    "fallocate",
+    "readahead",
+    "seccomp",
+    "ptrace",
+    "procfs",
+    "sysinfo",
+    "rseq",
+    "uprobe",
+    "icache",
+    "flushcache",
+    "prefetch",
+    "rmap",
+    "memfd",
+    "remap",
+    "numa",
+    "physpage",
+    "null",
+    "zero",
+    "urandom",
+    "env",
+    "context",
+];
+
+fn everything(cpus: &str) {
+    if !full() {
+        return;
+    }
+    let Some(image) = image(FULL, "6G") else {
+        return;
+    };
+    let name = format!("debian-full-{cpus}");
+    let mut g = Guest::boot(&image, &name, &["--cpus", cpus, "--memory", "2G"]);
+    healthy(&mut g, cpus);
+    installs(&mut g, &format!("repository-full-{cpus}"));
+    programs(&mut g);
+    languages(&mut g);
+    let mut bad = Vec::new();
+    let mut note = |g: &mut Guest, command: String, seconds| {
+        let (status, output) = g.run(&command, seconds);
+        eprintln!("{status:3}  {command}");
+        if status != 0 {
+            bad.push(format!("{command}: {status}\n{output}"));
+        }
+    };
+    note(&mut g, "node node.js".into(), 600);
+    note(&mut g, "java -Xshare:auto Check.java".into(), 900);
+    note(
+        &mut g,
+        format!("stress-ng --cpu {cpus} --cpu-method all --verify -t 60"),
+        300,
+    );
+    note(
+        &mut g,
+        format!("stress-ng --vm {cpus} --vm-bytes 128M --vm-method all --verify -t 60"),
+        300,
+    );
+    for s in STRESS {
+        note(
+            &mut g,
+            format!("timeout -k 5 90 stress-ng --{s} {cpus} --verify -t 4"),
+            300,
+        );
+    }
+    for m in PYTHON {
+        note(
+            &mut g,
+            format!(
+                "timeout -k 5 900 python3 -m test -u none test_{m} 2>&1 | tail -n 30; [ ${{PIPESTATUS[0]}} = 0 ]"
+            ),
+            1000,
+        );
+    }
+    note(&mut g, "fio --name=check --size=200M --rw=randrw --bs=4k-64k --ioengine=libaio --iodepth=16 --direct=1 --verify=crc32c --do_verify=1 --filename=/root/fio >/dev/null".into(), 900);
+    healthy(&mut g, cpus);
+    let disk = g.power_off();
+    disk.check();
+    same_on_the_host(&disk);
+    assert!(bad.is_empty(), "{} failed:\n{}", bad.len(), bad.join("\n"));
+}
+
+#[test]
+fn everything_works_on_one_cpu() {
+    everything("1");
+}
+
+#[test]
+fn everything_works_on_four_cpus() {
+    everything("4");
+}
