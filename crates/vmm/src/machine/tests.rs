@@ -1,7 +1,6 @@
 use super::*;
 use pyrite_api::v1::{DiskSpec, NetSpec};
 use pyrite_state::Section;
-use pyrite_vdev::bus::lock;
 
 /// Nobody listens.
 struct Ignored;
@@ -208,8 +207,10 @@ fn hostile_guests_leave_machines_that_can_be_saved() {
             m.memory.read(gpa, &mut page).unwrap();
             other.memory.write(gpa, &page).unwrap();
         }
-        for (u, s) in other.units.iter().zip(&first) {
-            let done = lock(u).restore(s);
+        for u in other.restore_order() {
+            let mut u = lock(u);
+            let s = first.iter().find(|s| s.unit == u.unit()).unwrap();
+            let done = u.restore(s);
             assert!(done.is_ok(), "seed {seed}: {done:?}");
         }
         for (a, b) in first.iter().zip(save(&other)) {
