@@ -244,7 +244,9 @@ fn layout(m: &Machine) -> String {
         }
         writeln!(out, "pci {:02x}.{}", function >> 3, function & 7).unwrap();
         for at in (0..256).step_by(16) {
-            let line: Vec<String> = (0..4).map(|n| format!("{:08x}", read(at + 4 * n))).collect();
+            let line: Vec<String> = (0..4)
+                .map(|n| format!("{:08x}", read(at + 4 * n)))
+                .collect();
             if line.iter().any(|w| w != "00000000") {
                 writeln!(out, "  {at:02x}: {}", line.join(" ")).unwrap();
             }

@@ -6,8 +6,8 @@ use pyrite_x86::gpr;
 
 use crate::exception::Exception;
 use crate::interp::integer::{Done, sign_extend};
-use crate::interp::native::{check_vector, x87};
 use crate::interp::native::registers::{normalise, opmask, set_opmask, set_vector, vector};
+use crate::interp::native::{check_vector, x87};
 use crate::interp::operand::{address_mask, offset, segment, segment_number, size_mask};
 use crate::interp::{Handler, Op, memory};
 use crate::mmu::Priv;
