@@ -597,6 +597,7 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
     // With lanes switched off, the operand may reach beyond the segment or into a missing page.
     let lin = match mem_lin(v, &op.i, m.bytes, access) {
         Ok(lin) => lin,
+        Err(e) if e.vector == vector::AC && lanes != 0 => return Err(e),
         Err(e) if lanes == whole => {
             // The #GP of a misaligned operand comes before the #SS of a non-canonical one.
             let lin = offset(v, &op.i);
@@ -628,7 +629,7 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
     if lanes != 0 && m.alignment.refuses(v, lin, m.bytes) {
         return Err(Exception::gp(0));
     }
-    if m.bytes > 8 && alignment_checked(v) && !lin.is_multiple_of(m.bytes as u64) {
+    if m.bytes > 8 && lanes != 0 && alignment_checked(v) && !lin.is_multiple_of(m.bytes as u64) {
         return Err(Exception::AC);
     }
     let at = 64 + (lin as usize & 63);

@@ -100,8 +100,9 @@ impl Lanes {
             && i.op0_register().size() > bytes
             && format_is_block_broadcast(i.mnemonic());
         let mask_bits = if spread || wide {
+            // A comparison into a mask has as many results as its vector operand has elements.
             let result = if i.op0_register().is_k() {
-                64
+                i.op1_register().size()
             } else {
                 i.op0_register().size()
             };
@@ -246,6 +247,8 @@ fn reads_all(m: Mnemonic) -> bool {
         M::Valignd
             | M::Valignq
             | M::Vcvtne2ps2bf16
+            | M::Vpconflictd
+            | M::Vpconflictq
             | M::Vpmaddubsw
             | M::Vpmaddwd
             | M::Vgf2p8affineqb
