@@ -263,10 +263,12 @@ pub fn cmpxchg8b(v: &mut SoftVcpu, op: &Op) -> Done {
 
 /// CMPXCHG16B.
 pub fn cmpxchg16b(v: &mut SoftVcpu, op: &Op) -> Done {
-    let lin = mem_lin(v, &op.i, 16, SegAccess::Write)?;
-    if lin & 15 != 0 {
+    let lin = mem_lin(v, &op.i, 16, SegAccess::Write);
+    // Alignment comes before what the stack segment has to say about the address.
+    if lin.as_ref().map_or_else(|_| offset(v, &op.i), |l| *l) & 15 != 0 {
         return Err(Exception::gp(0).into());
     }
+    let lin = lin?;
     let g = &v.frame.cpu.gpr;
     let join = |hi: u64, lo: u64| u128::from(hi) << 64 | u128::from(lo);
     let expected = join(g[gpr::RDX], g[gpr::RAX]);

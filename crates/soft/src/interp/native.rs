@@ -607,6 +607,11 @@ fn execute(v: &mut SoftVcpu, op: &Op) -> Done {
     Ok(Next::Sequential)
 }
 
+/// True if the operand's offset breaks its alignment.
+fn misaligned(v: &SoftVcpu, op: &Op, m: &Memory) -> bool {
+    m.alignment.refuses(v, offset(v, &op.i), m.bytes)
+}
+
 /// Checks the memory operand and copies it into the bounce buffer. Returns its linear address and
 /// the lanes that count.
 fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exception> {
@@ -620,14 +625,12 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
     // With lanes switched off, the operand may reach beyond the segment or into a missing page.
     let lin = match mem_lin(v, &op.i, m.bytes, access) {
         Ok(lin) => lin,
-        Err(e) if lanes == whole => {
+        Err(e) if e.vector == vector::AC && lanes != 0 => return Err(e),
+        Err(e) if e.vector == vector::SS && lanes != 0 && misaligned(v, op, m) => {
             // The #GP of a misaligned operand comes before the #SS of a non-canonical one.
-            let lin = offset(v, &op.i);
-            if e.vector == vector::SS && m.alignment.refuses(v, lin, m.bytes) {
-                return Err(Exception::gp(0));
-            }
-            return Err(e);
+            return Err(Exception::gp(0));
         }
+        Err(e) if lanes == whole || m.checks_all => return Err(e),
         Err(e) => {
             let seg = segment(&op.i);
             let first = lanes.trailing_zeros() as u64 * m.lanes.element as u64;
@@ -651,9 +654,6 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
     if lanes != 0 && m.alignment.refuses(v, lin, m.bytes) {
         return Err(Exception::gp(0));
     }
-    if m.bytes > 8 && alignment_checked(v) && !lin.is_multiple_of(m.bytes as u64) {
-        return Err(Exception::AC);
-    }
     let at = 64 + (lin as usize & 63);
     let mut data = [0u8; 64];
     if m.write {
@@ -672,6 +672,11 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
                 m.lanes.load(v, lin, out, lanes)?;
             }
         }
+    }
+    // The alignment check is the last of all. Stores and loads by a vector mask have none.
+    let checked = m.bytes > 8 && lanes != 0 && !m.lanes.by_vector();
+    if checked && alignment_checked(v) && !lin.is_multiple_of(m.bytes as u64) {
+        return Err(Exception::AC);
     }
     v.interp.native.unit.call.bounce[at..at + m.bytes].copy_from_slice(&data[..m.bytes]);
     Ok((lin, lanes))

@@ -370,6 +370,7 @@ impl<'a> Front<'a> {
                 | Mnemonic::Fnsave
                 | Mnemonic::Fsave
                 | Mnemonic::Frstor
+                | Mnemonic::Wait
                 | Mnemonic::Maskmovq
                 | Mnemonic::Maskmovdqu
                 | Mnemonic::Vmaskmovdqu

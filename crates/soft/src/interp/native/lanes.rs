@@ -83,23 +83,25 @@ impl Lanes {
         };
         let count = (bytes / element) as u32;
         // A scalar looks at bit 0; a broadcast element is used by any element of the result.
-        let spread = i.is_broadcast()
-            || matches!(
-                i.mnemonic(),
-                M::Vbroadcastss
-                    | M::Vbroadcastsd
-                    | M::Vpbroadcastb
-                    | M::Vpbroadcastw
-                    | M::Vpbroadcastd
-                    | M::Vpbroadcastq
-            );
+        let spread = matches!(
+            i.mnemonic(),
+            M::Vbroadcastss
+                | M::Vbroadcastsd
+                | M::Vpbroadcastb
+                | M::Vpbroadcastw
+                | M::Vpbroadcastd
+                | M::Vpbroadcastq
+        );
         // Operands of several elements that are used more than once (VBROADCASTF32X4 and its
         // like) are narrower than the result.
         let wide = op != 0
             && i.op0_kind() == OpKind::Register
             && i.op0_register().size() > bytes
             && format_is_block_broadcast(i.mnemonic());
-        let mask_bits = if spread || wide {
+        let mask_bits = if i.is_broadcast() {
+            // As many as the operand without broadcast has.
+            i.code().op_code().memory_size().element_count() as u32
+        } else if spread || wide {
             let result = if i.op0_register().is_k() {
                 64
             } else {
@@ -149,6 +151,11 @@ impl Lanes {
                     .fold(0, |a, n| a | 1 << (n % count))
             }
         }
+    }
+
+    /// True if sign bits of a vector register decide (VMASKMOV and its like).
+    pub fn by_vector(&self) -> bool {
+        self.by == By::Vector
     }
 
     /// Calls `f` for each run of active elements: byte offset and length.
@@ -246,6 +253,8 @@ fn reads_all(m: Mnemonic) -> bool {
         M::Valignd
             | M::Valignq
             | M::Vcvtne2ps2bf16
+            | M::Vpconflictd
+            | M::Vpconflictq
             | M::Vpmaddubsw
             | M::Vpmaddwd
             | M::Vgf2p8affineqb

@@ -11,7 +11,7 @@ use pyrite_x86::sreg;
 use crate::exception::Exception;
 use crate::interp::integer::Done;
 use crate::interp::native::registers::normalise;
-use crate::interp::operand::{mem_lin, offset, segment};
+use crate::interp::operand::{alignment_checked, mem_lin, offset, segment};
 use crate::interp::{Handler, Op};
 use crate::mmu::Priv;
 use crate::sys::Next;
@@ -317,12 +317,27 @@ fn environment_bytes(i: &Instruction) -> usize {
     }
 }
 
+/// Address of an environment or state of `bytes`, whose fields are `step` bytes wide.
+fn environment_lin(
+    v: &mut SoftVcpu,
+    i: &Instruction,
+    bytes: usize,
+    step: usize,
+    access: SegAccess,
+) -> Result<u64, Exception> {
+    let lin = mem_lin(v, i, bytes, access)?;
+    if alignment_checked(v) && !lin.is_multiple_of(step as u64) {
+        return Err(Exception::AC);
+    }
+    Ok(lin)
+}
+
 /// FNSTENV: stores the environment, then masks all exceptions.
 fn store_environment(v: &mut SoftVcpu, op: &Op) -> Done {
     check_available(v)?;
     normalise(v);
     let bytes = environment_bytes(&op.i);
-    let lin = mem_lin(v, &op.i, bytes, SegAccess::Write)?;
+    let lin = environment_lin(v, &op.i, bytes, bytes / 7, SegAccess::Write)?;
     let e = environment(v, bytes);
     v.write_bytes(lin, &e[..bytes], Priv::Current)?;
     let fcw = word(v, 0) | 0x3f;
@@ -337,7 +352,7 @@ fn load_environment(v: &mut SoftVcpu, op: &Op) -> Done {
     check_available(v)?;
     check_pending(v)?;
     let bytes = environment_bytes(&op.i);
-    let lin = mem_lin(v, &op.i, bytes, SegAccess::Read)?;
+    let lin = environment_lin(v, &op.i, bytes, bytes / 7, SegAccess::Read)?;
     let mut e = [0u8; 28];
     v.read_bytes(lin, &mut e[..bytes], Priv::Current)?;
     normalise(v);
@@ -352,7 +367,7 @@ fn save(v: &mut SoftVcpu, op: &Op) -> Done {
     check_available(v)?;
     normalise(v);
     let head = environment_bytes(&op.i);
-    let lin = mem_lin(v, &op.i, head + 80, SegAccess::Write)?;
+    let lin = environment_lin(v, &op.i, head + 80, head / 7, SegAccess::Write)?;
     let mut out = [0u8; 108];
     out[..head].copy_from_slice(&environment(v, head)[..head]);
     for n in 0..8 {
@@ -375,7 +390,7 @@ fn restore(v: &mut SoftVcpu, op: &Op) -> Done {
     check_available(v)?;
     check_pending(v)?;
     let head = environment_bytes(&op.i);
-    let lin = mem_lin(v, &op.i, head + 80, SegAccess::Read)?;
+    let lin = environment_lin(v, &op.i, head + 80, head / 7, SegAccess::Read)?;
     let mut data = [0u8; 108];
     v.read_bytes(lin, &mut data[..head + 80], Priv::Current)?;
     normalise(v);
