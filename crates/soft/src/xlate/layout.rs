@@ -7,7 +7,7 @@ use pyrite_x86::{CpuState, Segment};
 use crate::frame::{Frame, TlbView, VIEWS};
 
 /// log2 of the entries of a jump cache.
-pub const JC_BITS: u32 = 12;
+pub const JC_BITS: u32 = 14;
 /// Entries of a jump cache.
 pub const JC_ENTRIES: usize = 1 << JC_BITS;
 /// Mask of the RIP bits that select the jump-cache entry. It holds bit 0, so two addresses that
