@@ -598,7 +598,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     t.block.checked_entry += start;
     v.xlate.stats.blocks += 1;
     v.xlate.stats.guest_insns += u64::from(t.block.insns);
-    v.xlate.cache.append(&t.code);
+    v.xlate.cache.append(t.code);
     let id = v.xlate.cache.insert(t.block);
     for mut x in t.exits {
         x.patch_at += start;
