@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -100,9 +101,101 @@ pub fn guest(kernel: KernelPackage) -> Result<Guest, Reason> {
             result => result.map_err(|e| e.to_string()),
         }
     });
-    let _ = fs::remove_dir_all(&root);
-    let _ = fs::remove_dir_all(&new);
+    for dir in [&root, &new, &download_dir(&cache)] {
+        let _ = fs::remove_dir_all(dir);
+    }
     made.map(|()| guest)
+}
+
+/// The first file of a package whose path is `dir` and whose name begins with `start`, unpacked
+/// with `gzip` if need be.
+pub fn file_of(
+    suite: &str,
+    arch: &str,
+    package: &str,
+    dir: &str,
+    start: &str,
+) -> Result<PathBuf, Reason> {
+    let _one = FETCHING.lock().unwrap_or_else(PoisonError::into_inner);
+    let cache = cache_dir();
+    let out = cache.join(format!("{suite}-{arch}-{package}-{start}"));
+    if out.is_file() {
+        return Ok(out);
+    }
+    let deb = Apt::new(&cache, suite, arch)?.download(&cache, package)?;
+    let root = cache.join(format!("root-{package}-{}", std::process::id()));
+    fs::create_dir_all(&root).map_err(|e| e.to_string())?;
+    let made = run(Command::new("dpkg-deb").arg("-x").args([&deb, &root]))
+        .and_then(|_| newest(&root.join(dir), start))
+        .and_then(|file| {
+            let bytes = fs::read(&file).map_err(|e| e.to_string())?;
+            if bytes.starts_with(&[0x1f, 0x8b]) {
+                filter("gzip", &bytes)
+            } else {
+                Ok(bytes)
+            }
+        })
+        .and_then(|bytes| fs::write(&out, bytes).map_err(|e| e.to_string()));
+    for dir in [&root, &download_dir(&cache)] {
+        let _ = fs::remove_dir_all(dir);
+    }
+    made.map(|()| out)
+}
+
+/// The ELF kernel inside a guest's bzImage.
+pub fn vmlinux(guest: &Guest) -> Result<PathBuf, Reason> {
+    let _one = FETCHING.lock().unwrap_or_else(PoisonError::into_inner);
+    let out = guest.kernel.with_file_name("vmlinux");
+    if out.is_file() {
+        return Ok(out);
+    }
+    let image = fs::read(&guest.kernel).map_err(|e| e.to_string())?;
+    // Linux x86 boot protocol: setup_sects, payload_offset, payload_length.
+    let word = |at: usize| {
+        image
+            .get(at..at + 4)?
+            .try_into()
+            .ok()
+            .map(u32::from_le_bytes)
+    };
+    let setup = (usize::from(image.get(0x1f1).copied().unwrap_or(4)) + 1) * 512;
+    let start = setup + word(0x248).unwrap_or(0) as usize;
+    // The payload ends with its size when unpacked.
+    let end = (start + word(0x24c).unwrap_or(0) as usize).saturating_sub(4);
+    let payload = image.get(start..end).ok_or("the kernel has no payload")?;
+    let program = match payload {
+        [0x02, 0x21, ..] => "lz4",
+        [0xfd, b'7', ..] => "xz",
+        [0x28, 0xb5, ..] => "zstd",
+        [0x1f, 0x8b, ..] => "gzip",
+        _ => return Err("the kernel's compression is not known".into()),
+    };
+    let elf = filter(program, payload)?;
+    let partial = out.with_extension(format!("{}", std::process::id()));
+    fs::write(&partial, elf).map_err(|e| e.to_string())?;
+    fs::rename(&partial, &out).map_err(|e| e.to_string())?;
+    Ok(out)
+}
+
+/// Unpacks `bytes` with a program.
+fn filter(program: &str, bytes: &[u8]) -> Result<Vec<u8>, Reason> {
+    let mut child = Command::new(program)
+        .arg("-dc")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|e| format!("{program}: {e}"))?;
+    let mut input = child.stdin.take().ok_or("no pipe")?;
+    let bytes = bytes.to_vec();
+    let writer = std::thread::spawn(move || input.write_all(&bytes));
+    let out = child.wait_with_output().map_err(|e| e.to_string())?;
+    let written = writer.join().is_ok_and(|r| r.is_ok());
+    if out.status.success() && written {
+        Ok(out.stdout)
+    } else {
+        Err(format!("{program} cannot unpack it"))
+    }
 }
 
 fn make(cache: &Path, kernel: KernelPackage, root: &Path, new: &Path) -> Result<(), Reason> {
@@ -184,7 +277,7 @@ impl Apt {
     }
 
     fn download(&self, cache: &Path, package: &str) -> Result<PathBuf, Reason> {
-        let into = cache.join(format!("download-{}", std::process::id()));
+        let into = download_dir(cache);
         let _ = fs::remove_dir_all(&into);
         fs::create_dir_all(&into).map_err(|e| e.to_string())?;
         run(self
@@ -193,6 +286,10 @@ impl Apt {
             .current_dir(&into))?;
         newest(&into, package)
     }
+}
+
+fn download_dir(cache: &Path) -> PathBuf {
+    cache.join(format!("download-{}", std::process::id()))
 }
 
 /// Archive and key options of the host's first Debian source.

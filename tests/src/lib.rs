@@ -168,13 +168,6 @@ impl Session {
         self.until(text, limit);
     }
 
-    /// Like [`Session::expect`]; what was printed up to and with `text`.
-    pub fn read_until(&mut self, text: &str, limit: Duration) -> String {
-        let mut out = self.until(text, limit);
-        out.push_str(text);
-        out
-    }
-
     /// As [`Session::expect`]; what was printed before `text`.
     pub fn until(&mut self, text: &str, limit: Duration) -> String {
         let until = Instant::now() + limit;

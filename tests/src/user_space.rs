@@ -182,17 +182,15 @@ impl Guest {
     pub fn run(&mut self, command: &str, seconds: u64) -> (i32, String) {
         self.commands += 1;
         let mark = format!("@END{}=", self.commands);
+        // On one line, so that no command takes the next one as its input (apt-get reads it).
         // The mark is not in what is typed, so an echo is not taken for it.
         self.session
-            .send(&format!("{command}\necho \"@\"END{}=$?.\n", self.commands));
+            .send(&format!("{command}; echo \"@\"END{}=$?.\n", self.commands));
         let limit = Duration::from_secs(seconds);
-        let output = self.session.read_until(&mark, limit);
-        let status = self.session.read_until(".", limit);
-        let output = output.trim_end_matches(&mark).replace('\r', "");
-        (
-            status.trim_end_matches('.').parse().unwrap_or(-1),
-            output.trim_end().to_owned(),
-        )
+        let output = self.session.until(&mark, limit);
+        let status = self.session.until(".", limit);
+        let output = output.replace('\r', "");
+        (status.parse().unwrap_or(-1), output.trim().to_owned())
     }
 
     /// Runs a command that must succeed; what it printed.

@@ -557,6 +557,11 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
         .cache
         .fits(BLOCK_CODE_MAX.min(vm.options.code_cache_bytes / 2))
     {
+        tracing::debug!(
+            vcpu = v.index,
+            blocks = v.xlate.stats.blocks,
+            "code cache is full"
+        );
         drop_everything(v);
     }
     let force_poll = v.xlate.must_poll.contains(&key);

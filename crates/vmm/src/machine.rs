@@ -16,6 +16,7 @@ use pyrite_engine::{CpuIo, CpuidTable, Vm, VmConfig};
 use pyrite_mem::GuestMemory;
 use pyrite_net::NetBackend;
 use pyrite_net::usernet::{Forward, ForwardProtocol, Usernet, UsernetConfig};
+use pyrite_vdev::bus::lock;
 use pyrite_vdev::{IntrSink, Lifecycle, MachineEvents, MsiMessage, MsiSink, PciFunction, VmClock};
 use pyrite_virtio::{
     Balloon, Blk, BlkConfig, Console as VirtioConsole, Net, NetConfig, PortConfig, Rng,
@@ -69,7 +70,7 @@ pub struct Machine {
     pub chipset: Arc<Chipset>,
     /// The ACPI power management registers: the power button.
     pub acpi_pm: Arc<Mutex<AcpiPm>>,
-    /// Every unit in the order of save, restore and reset.
+    /// Every unit in the order of save and reset.
     pub units: Vec<Unit>,
     /// The engine's VM.
     pub vm: Arc<dyn Vm>,
@@ -207,6 +208,17 @@ impl Machine {
             console,
             vcpus: spec.cpus,
         })
+    }
+}
+
+impl Machine {
+    /// Every unit in the order of restore: interrupt controllers last. The restore of a device
+    /// may move its interrupt lines, and a controller must not keep an edge of that.
+    pub fn restore_order(&self) -> Vec<&Unit> {
+        let is_controller = |u: &&Unit| matches!(lock(u).unit(), "pic" | "ioapic");
+        let (controllers, mut order): (Vec<_>, Vec<_>) = self.units.iter().partition(is_controller);
+        order.extend(controllers);
+        order
     }
 }
 

@@ -631,7 +631,7 @@ impl Running {
             at.map(|n| sections.remove(n))
                 .with_context(|| format!("the snapshot has no state of {unit}"))
         };
-        for unit in &m.units {
+        for unit in m.restore_order() {
             let mut unit = lock(unit);
             let section = take(unit.unit())?;
             unit.restore(&section)?;

@@ -233,7 +233,7 @@ impl KvmVcpu {
                 _ => format!("KVM_RUN failed: {}", io::Error::from(e)),
             },
         };
-        let message = format!("vCPU {vcpu}: {reason}\n{}", self.dump());
+        let message = format!("{reason}\n{}", self.dump());
         Next::Stop(StopReason::Failed(EngineError::Internal(message)))
     }
 
@@ -252,13 +252,11 @@ impl KvmVcpu {
                 StopReason::TripleFault
             }
             KVM_SYSTEM_EVENT_CRASH => StopReason::Failed(EngineError::Internal(format!(
-                "vCPU {}: KVM reports a guest crash, data {data:x?}\n{}",
-                self.index,
+                "KVM reports a guest crash, data {data:x?}\n{}",
                 self.dump()
             ))),
             _ => StopReason::Failed(EngineError::Internal(format!(
-                "vCPU {}: KVM system event {kind}, data {data:x?}\n{}",
-                self.index,
+                "KVM system event {kind}, data {data:x?}\n{}",
                 self.dump()
             ))),
         }
@@ -290,6 +288,9 @@ impl KvmVcpu {
             }
             _ => Vec::new(),
         };
+        if bytes.is_empty() {
+            return "KVM's emulator cannot read or does not know the instruction".to_owned();
+        }
         format!("KVM's emulator does not know the instruction {bytes:02x?}")
     }
 

@@ -22,8 +22,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use iced_x86::{
-    CodeSize, CpuidFeature, Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic,
-    OpAccess, OpKind, Register,
+    Code, CodeSize, CpuidFeature, Encoder, EncodingKind, Instruction, InstructionInfoFactory,
+    Mnemonic, OpAccess, OpKind, Register,
 };
 use pyrite_engine::{CpuidTable, EngineError, StopReason};
 use pyrite_x86::bits::{cr0, cr4, rflags, vector};
@@ -332,7 +332,11 @@ fn build(n: &mut Native, i: &Instruction, bytes: u128) -> Option<Plan> {
     }
     host.set_code_size(CodeSize::Code64);
     let mut encoder = Encoder::new(64);
-    encoder.encode(&host, 0x1000).ok()?;
+    if i.mnemonic() == Mnemonic::Rdseed {
+        encode_rdseed(&mut encoder, &host, spare.next()?)?;
+    } else {
+        encoder.encode(&host, 0x1000).ok()?;
+    }
     let code = n.unit.add(&encoder.take_buffer())?;
     let mask = match state {
         State::Integer => 0,
@@ -354,6 +358,25 @@ fn build(n: &mut Native, i: &Instruction, bytes: u128) -> Option<Plan> {
             .then(|| x87::opcode(i, bytes))
             .flatten(),
     })
+}
+
+/// RDSEED in its 64-bit form, of which the guest gets as many bits as it wants: the narrow forms of
+/// some processors return zeros and call them random (AMD-SB-7055).
+fn encode_rdseed(encoder: &mut Encoder, host: &Instruction, seed: Register) -> Option<()> {
+    let to = host.op_register(0);
+    let (n, size, _) = gpr_place(seed)?;
+    debug_assert_eq!(size, 8);
+    let n = n as u32;
+    let (mov, low) = match to.size() {
+        8 => (Code::Mov_r64_rm64, seed),
+        4 => (Code::Mov_r32_rm32, Register::EAX + n),
+        _ => (Code::Mov_r16_rm16, Register::AX + n),
+    };
+    let rdseed = Instruction::with1(Code::Rdseed_r64, seed).ok()?;
+    let len = encoder.encode(&rdseed, 0x1000).ok()?;
+    let mov = Instruction::with2(mov, to, low).ok()?;
+    encoder.encode(&mov, 0x1000 + len as u64).ok()?;
+    Some(())
 }
 
 fn is_immediate(k: OpKind) -> bool {

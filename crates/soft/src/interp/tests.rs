@@ -830,3 +830,33 @@ fn lanes_that_are_off_do_not_fault() {
         assert_eq!(vector(&v, 3)[..8], [0x80, 0x80, 0x80, 0x80, 0, 0, 0, 0]);
     }
 }
+
+#[test]
+fn narrow_rdseed_gives_random_bits_and_keeps_the_rest() {
+    let (_vm, mut v) = long_mode();
+    if !crate::sys::cpuid::feature(&v, 7, crate::sys::cpuid::Reg::Ebx, 18) {
+        return;
+    }
+    // RDSEED may fail now and then, and may be zero once in a while, but not always.
+    let mut tries = |code: &[u8], keep: u64| {
+        let mut seen = 0u64;
+        for _ in 0..10_000 {
+            v.frame.cpu.gpr[gpr::RBX] = u64::MAX;
+            run(&mut v, code).expect("rdseed");
+            let value = v.frame.cpu.gpr[gpr::RBX];
+            if v.frame.cpu.rflags & rflags::CF != 0 {
+                assert_eq!(
+                    value & !keep,
+                    if keep >> 16 == 0 { u64::MAX << 16 } else { 0 }
+                );
+                seen |= value & keep;
+                if seen == keep {
+                    return;
+                }
+            }
+        }
+        panic!("bits that are never set: {:#x}", keep & !seen);
+    };
+    tries(&[0x66, 0x0f, 0xc7, 0xfb], 0xffff);
+    tries(&[0x0f, 0xc7, 0xfb], 0xffff_ffff);
+}

@@ -381,6 +381,8 @@ impl<'a> Front<'a> {
                 | Mnemonic::Ldmxcsr
                 | Mnemonic::Vldmxcsr
                 | Mnemonic::Salc
+                // The interpreter knows how to get good ones from every processor.
+                | Mnemonic::Rdseed
         ) {
             return true;
         }

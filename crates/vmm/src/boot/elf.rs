@@ -19,6 +19,7 @@ const MAX_SEGMENTS: u16 = 256;
 struct Segment {
     ty: u32,
     offset: u64,
+    vaddr: u64,
     paddr: u64,
     file_bytes: u64,
     mem_bytes: u64,
@@ -138,6 +139,7 @@ impl<'a> Elf<'a> {
             Segment {
                 ty,
                 offset: long(8)?,
+                vaddr: long(16)?,
                 paddr: long(24)?,
                 file_bytes: long(32)?,
                 mem_bytes: long(40)?,
@@ -146,6 +148,7 @@ impl<'a> Elf<'a> {
             Segment {
                 ty,
                 offset: wide(4)?,
+                vaddr: wide(8)?,
                 paddr: wide(12)?,
                 file_bytes: wide(16)?,
                 mem_bytes: wide(20)?,
@@ -195,7 +198,19 @@ impl<'a> Elf<'a> {
         Ok(top)
     }
 
-    /// The physical address of a loaded virtual or physical entry point: kernels give either.
+    /// Physical address of the entry point, which the header may give as a virtual one: that of a
+    /// segment is tried first, as GRUB does for Multiboot kernels.
+    pub fn physical_entry(&self) -> Option<u64> {
+        self.segments
+            .iter()
+            .filter(|s| s.ty == PT_LOAD)
+            .find(|s| self.entry >= s.vaddr && self.entry - s.vaddr < s.mem_bytes)
+            .map(|s| (self.entry - s.vaddr).wrapping_add(s.paddr))
+            .or(Some(self.entry))
+            .filter(|at| self.loads(*at))
+    }
+
+    /// True if `paddr` is inside a loaded segment.
     pub fn loads(&self, paddr: u64) -> bool {
         self.segments
             .iter()

@@ -69,13 +69,13 @@ fn load_kernel(
             ));
         }
         let elf = Elf::parse(file).map_err(|e| image.kernel.error(e))?;
-        if elf.is_64 && !elf.loads(elf.entry) {
-            return Err(image
+        let entry = elf.physical_entry().ok_or_else(|| {
+            image
                 .kernel
-                .error("a 64-bit Multiboot kernel needs a physical entry"));
-        }
+                .error("the entry point of this Multiboot kernel is outside of what it loads")
+        })?;
         let end = elf.load(memory)?;
-        return Ok((elf.entry, end));
+        return Ok((entry, end));
     }
     let field = |n: u64| u32_at(file, at + n).map(u64::from).ok_or_else(damaged);
     let (header_addr, load_addr, load_end) = (field(12)?, field(16)?, field(20)?);

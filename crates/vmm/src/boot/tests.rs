@@ -343,6 +343,24 @@ fn multiboot_kernel_gets_modules() {
 }
 
 #[test]
+fn virtual_entry_of_a_multiboot_kernel_becomes_physical() {
+    let dir = Dir::new("mb-virtual");
+    let magic = 0x1bad_b002u32;
+    let mut head = magic.to_le_bytes().to_vec();
+    head.extend([0; 4]);
+    head.extend(0u32.wrapping_sub(magic).to_le_bytes());
+    let mut k = elf32(&head, None);
+    put(&mut k, 52 + 8, &0xc010_0000u32.to_le_bytes());
+    put(&mut k, 24, &0xc010_0010u32.to_le_bytes());
+    let memory = GuestMemory::new(64 * MIB).unwrap();
+    let s = image(&dir, &k, None, "").load(&memory, 1).unwrap();
+    assert_eq!(s.rip, 0x10_0010);
+    put(&mut k, 24, &0xd000_0000u32.to_le_bytes());
+    let e = problem(&image(&dir, &k, None, ""), 64);
+    assert!(e.problem.contains("entry point"), "{e}");
+}
+
+#[test]
 fn foreign_and_truncated_kernels_are_named_errors() {
     let dir = Dir::new("bad");
     let mut cut = bzimage(1, 4096);

@@ -1,7 +1,6 @@
 use super::*;
 use pyrite_api::v1::{DiskSpec, NetSpec};
 use pyrite_state::Section;
-use pyrite_vdev::bus::lock;
 
 /// Nobody listens.
 struct Ignored;
@@ -208,8 +207,10 @@ fn hostile_guests_leave_machines_that_can_be_saved() {
             m.memory.read(gpa, &mut page).unwrap();
             other.memory.write(gpa, &page).unwrap();
         }
-        for (u, s) in other.units.iter().zip(&first) {
-            let done = lock(u).restore(s);
+        for u in other.restore_order() {
+            let mut u = lock(u);
+            let s = first.iter().find(|s| s.unit == u.unit()).unwrap();
+            let done = u.restore(s);
             assert!(done.is_ok(), "seed {seed}: {done:?}");
         }
         for (a, b) in first.iter().zip(save(&other)) {
@@ -219,4 +220,51 @@ fn hostile_guests_leave_machines_that_can_be_saved() {
             lock(u).reset();
         }
     }
+}
+
+/// What a guest sees of board version 1: address ranges, PCI functions with their registers.
+fn layout(m: &Machine) -> String {
+    use std::fmt::Write;
+    let mut out = String::new();
+    for (first, last, name) in m.chipset.io.ranges() {
+        writeln!(out, "port {first:04x}-{last:04x} {name}").unwrap();
+    }
+    for (first, last, name) in m.chipset.mmio.ranges() {
+        writeln!(out, "memory {first:010x}-{last:010x} {name}").unwrap();
+    }
+    let io = MachineIo(Arc::clone(&m.chipset));
+    for function in 0..256u64 {
+        let read = |at: u64| {
+            let mut b = [0; 4];
+            io.mmio_read(0, 0xe000_0000 + (function << 12) + at, &mut b);
+            u32::from_le_bytes(b)
+        };
+        if read(0) == u32::MAX {
+            continue;
+        }
+        writeln!(out, "pci {:02x}.{}", function >> 3, function & 7).unwrap();
+        for at in (0..256).step_by(16) {
+            let line: Vec<String> = (0..4)
+                .map(|n| format!("{:08x}", read(at + 4 * n)))
+                .collect();
+            if line.iter().any(|w| w != "00000000") {
+                writeln!(out, "  {at:02x}: {}", line.join(" ")).unwrap();
+            }
+        }
+    }
+    out
+}
+
+/// A change here moves things under guests that are installed or saved: it needs a new board
+/// version. `PYRITE_ACCEPT_GOLDEN=1` rewrites the file.
+#[test]
+fn guest_visible_layout_is_the_golden_board() {
+    let (m, _file) = machine("golden");
+    let seen = layout(&m);
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/machine/board-1.txt");
+    if std::env::var_os("PYRITE_ACCEPT_GOLDEN").is_some() {
+        std::fs::write(path, &seen).unwrap();
+    }
+    let golden = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(seen == golden, "a guest would see another board:\n{seen}");
 }
