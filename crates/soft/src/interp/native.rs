@@ -654,6 +654,17 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
     if lanes != 0 && m.alignment.refuses(v, lin, m.bytes) {
         return Err(Exception::gp(0));
     }
+    // An alignment check comes before page faults, but after those of single lanes. Loads and
+    // stores by a vector mask have none; of 80-bit operands 64 bits count.
+    let unit = if m.bytes == 10 { 8 } else { m.bytes as u64 };
+    let checked = m.bytes > 8
+        && lanes != 0
+        && !m.lanes.by_vector()
+        && alignment_checked(v)
+        && !lin.is_multiple_of(unit);
+    if checked && lanes == whole {
+        return Err(Exception::AC);
+    }
     let at = 64 + (lin as usize & 63);
     let mut data = [0u8; 64];
     if m.write {
@@ -673,9 +684,7 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
             }
         }
     }
-    // The alignment check is the last of all. Stores and loads by a vector mask have none.
-    let checked = m.bytes > 8 && lanes != 0 && !m.lanes.by_vector();
-    if checked && alignment_checked(v) && !lin.is_multiple_of(m.bytes as u64) {
+    if checked && lanes != whole {
         return Err(Exception::AC);
     }
     v.interp.native.unit.call.bounce[at..at + m.bytes].copy_from_slice(&data[..m.bytes]);

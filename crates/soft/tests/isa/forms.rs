@@ -34,6 +34,7 @@ pub fn tolerance(code: Code, exact: bool, translated: bool) -> Tolerance {
         flags_at_fault: !exact,
         cr2_page_only: big,
         late_canonical: translated,
+        masked_alignment: false,
         partial_vectors: is_gather(code),
     }
 }

@@ -288,6 +288,10 @@ impl Fuzzer {
                 )
             }),
             late_canonical: g.name != "interpreter",
+            masked_alignment: seq
+                .insns
+                .iter()
+                .any(|i| gen_::decoded(&i.bytes).op_mask() != Register::None),
             partial_vectors: seq
                 .insns
                 .iter()
@@ -407,18 +411,17 @@ impl Fuzzer {
         };
         let seed = field("seed").parse().map_err(|e| format!("seed: {e}"))?;
         let at = field("at").parse().map_err(|e| format!("at: {e}"))?;
-        let mut bytes = Vec::new();
-        for h in text
-            .lines()
-            .filter_map(|l| l.strip_prefix("code"))
-            .flat_map(str::split_whitespace)
-        {
-            bytes.push(u8::from_str_radix(h, 16).map_err(|e| format!("code: {e}"))?);
+        let mut insns = Vec::new();
+        for line in text.lines().filter_map(|l| l.strip_prefix("code")) {
+            let mut bytes = Vec::new();
+            for h in line.split_whitespace() {
+                bytes.push(u8::from_str_radix(h, 16).map_err(|e| format!("code: {e}"))?);
+            }
+            insns.push(raw(&bytes));
         }
         let start = start_of(&self.base, &self.components, seed);
-        // The last five bytes are the jump to the end, which `Sequence` makes anew.
-        bytes.truncate(bytes.len().saturating_sub(5));
-        let insns = vec![raw(&bytes)];
+        // The last is the jump to the end, which `Sequence` makes anew.
+        insns.pop();
         let all: Vec<usize> = (0..self.guests.len()).collect();
         match self.compare(&Sequence { at, insns }, &start, &all) {
             None => Ok(()),

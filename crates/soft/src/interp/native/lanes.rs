@@ -100,7 +100,7 @@ impl Lanes {
             && format_is_block_broadcast(i.mnemonic());
         let mask_bits = if i.is_broadcast() {
             // As many as the operand without broadcast has.
-            i.code().op_code().memory_size().element_count() as u32
+            (i.code().op_code().memory_size().size() / element) as u32
         } else if spread || wide {
             let result = if i.op0_register().is_k() {
                 64
