@@ -28,7 +28,7 @@ pub mod string;
 #[cfg(test)]
 mod tests;
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Code, CodeSize, Decoder, DecoderError, DecoderOptions, Instruction, Register};
 use pyrite_engine::{CpuidEntry, CpuidTable, EngineError};
 use pyrite_x86::bits::rflags;
 use pyrite_x86::{InterruptShadow, sreg};
@@ -237,6 +237,9 @@ fn decode_new(
         return Err(Exception::UD);
     }
     i.set_ip(rip);
+    if let Some(x) = exchange_of_pause(&i, &raw) {
+        i = x;
+    }
     let op = select::select(v, &i, mode, bytes)?;
     let keep = u128::MAX >> (128 - 8 * i.len() as u32);
     let slot = (lin ^ lin >> 13) as usize & (CACHE_SLOTS - 1);
@@ -247,6 +250,38 @@ fn decode_new(
         op,
     });
     Ok(op)
+}
+
+/// True for F3 90 with REX.B, which the decoder takes for PAUSE. `bytes`: of the instruction and
+/// what follows.
+pub(crate) fn is_exchange(i: &Instruction, bytes: &[u8]) -> bool {
+    i.code() == Code::Pause
+        && i.code_size() == CodeSize::Code64
+        && (i.len().checked_sub(2))
+            .and_then(|rex| bytes.get(rex))
+            .is_some_and(|b| b & 0xf1 == 0x41)
+}
+
+/// The instruction that F3 90 with REX.B is: XCHG of R8 and RAX, on which F3 has no effect.
+/// Intel SDM Vol. 2B, NOP and XCHG.
+fn exchange_of_pause(i: &Instruction, bytes: &[u8]) -> Option<Instruction> {
+    if !is_exchange(i, bytes) {
+        return None;
+    }
+    let prefixes = bytes.get(..i.len().checked_sub(2)?)?;
+    let wide = bytes.get(prefixes.len())? & 8 != 0;
+    let (code, low, acc) = if wide {
+        (Code::Xchg_r64_RAX, Register::R8, Register::RAX)
+    } else if prefixes.contains(&0x66) {
+        (Code::Xchg_r16_AX, Register::R8W, Register::AX)
+    } else {
+        (Code::Xchg_r32_EAX, Register::R8D, Register::EAX)
+    };
+    let mut x = Instruction::with2(code, low, acc).ok()?;
+    x.set_len(i.len());
+    x.set_ip(i.ip());
+    x.set_code_size(CodeSize::Code64);
+    Some(x)
 }
 
 /// AMD and Intel differ in what 66H does to near branches in 64-bit code, among others. The guest

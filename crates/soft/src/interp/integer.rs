@@ -1,6 +1,6 @@
 //! Moves, arithmetic, conditions, stack instructions, flags.
 
-use iced_x86::{ConditionCode, Instruction, OpKind, Register};
+use iced_x86::{Code, ConditionCode, DecoderOptions, Instruction, OpKind, Register};
 use pyrite_x86::bits::rflags::{self, AF, CF, OF, PF, SF, ZF};
 use pyrite_x86::gpr;
 
@@ -137,7 +137,11 @@ pub fn movzx(v: &mut SoftVcpu, op: &Op) -> Done {
 /// MOVSX, MOVSXD.
 pub fn movsx(v: &mut SoftVcpu, op: &Op) -> Done {
     let size = source_size(&op.i);
-    let x = read(v, &op.i, 1, size)?;
+    // AMD's processors load 32 bits whatever the operand size of MOVSXD.
+    let loads_dword = op.i.code() == Code::Movsxd_r16_rm16
+        && op.i.op1_kind() == OpKind::Memory
+        && v.interp.options & DecoderOptions::AMD != 0;
+    let x = read(v, &op.i, 1, if loads_dword { 4 } else { size })?;
     write_reg(v, op.i.op0_register(), sign_extend(x, size) as u64);
     NEXT
 }

@@ -33,7 +33,7 @@ use crate::exception::{Exception, Trap};
 use crate::interp::Op;
 use crate::interp::integer::{self, Done};
 use crate::interp::operand::{
-    address_mask, alignment_checked, gpr_place, mem_lin, offset, segment,
+    address_mask, alignment_checked, gpr_place, mem_lin, offset, segment, split_fault,
 };
 use crate::mmu::Priv;
 use crate::sys::Next;
@@ -630,6 +630,7 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
             // The #GP of a misaligned operand comes before the #SS of a non-canonical one.
             return Err(Exception::gp(0));
         }
+        Err(e) if m.bytes == 10 => return Err(split_fault(v, &op.i, 8, access, e)),
         Err(e) if lanes == whole || m.checks_all => return Err(e),
         Err(e) => {
             let seg = segment(&op.i);
@@ -655,8 +656,13 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
         return Err(Exception::gp(0));
     }
     // An alignment check comes before page faults, but after those of single lanes. Loads and
-    // stores by a vector mask have none; of 80-bit operands 64 bits count.
-    let unit = if m.bytes == 10 { 8 } else { m.bytes as u64 };
+    // stores by a vector mask have none; of 80-bit operands 64 bits count, and nothing asks for
+    // more than 16 bytes.
+    let unit = if m.bytes == 10 {
+        8
+    } else {
+        m.bytes.min(16) as u64
+    };
     let checked = m.bytes > 8
         && lanes != 0
         && !m.lanes.by_vector()

@@ -1,11 +1,13 @@
 //! Operands: effective addresses, registers of every size, loads and stores of up to 8 bytes.
 
 use iced_x86::{CodeSize, Instruction, OpKind, Register};
-use pyrite_x86::bits::{cr0, rflags};
+use pyrite_x86::bits::{cr0, rflags, vector};
+use pyrite_x86::paging::AccessKind;
 use pyrite_x86::sreg;
 
 use crate::exception::Exception;
 use crate::interp::memory;
+use crate::mmu::Priv;
 use crate::sys::seg::SegAccess;
 use crate::vcpu::SoftVcpu;
 
@@ -102,6 +104,33 @@ pub fn mem_lin(
         return Err(Exception::AC);
     }
     Ok(lin)
+}
+
+/// The fault of an operand that is accessed in pieces and of which [`mem_lin`] refused the whole
+/// with `refusal`: if its first piece, of `first` bytes, is canonical, that one's page fault comes
+/// before. The manuals leave the order open; processors do it for x87 operands.
+#[cold]
+pub fn split_fault(
+    v: &mut SoftVcpu,
+    i: &Instruction,
+    first: usize,
+    access: SegAccess,
+    refusal: Exception,
+) -> Exception {
+    if !v.long64() || refusal.vector == vector::AC {
+        return refusal;
+    }
+    let Ok(lin) = v.linear(segment(i), offset(v, i), first, access) else {
+        return refusal;
+    };
+    let kind = match access {
+        SegAccess::Read => AccessKind::Read,
+        SegAccess::Write => AccessKind::Write,
+    };
+    match v.probe(lin, first, kind, Priv::Current) {
+        Ok(()) => refusal,
+        Err(page) => page,
+    }
 }
 
 #[inline]

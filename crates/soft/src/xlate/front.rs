@@ -31,6 +31,7 @@ use super::cache::{Block, BlockKey, Exit};
 use super::emit::{Address, Emitter, Label, T0, T1};
 use super::layout::{self, reason};
 use super::mode;
+use crate::interp::is_exchange;
 use crate::vm::SoftOptions;
 
 const ARITH: u32 = RflagsBits::OF
@@ -290,7 +291,9 @@ impl<'a> Front<'a> {
                 // Undefined, or cut off by the end of the page: the interpreter knows.
                 break;
             }
-            let refused = !allows(&i) || self.refuses(&i);
+            let at = i.ip().wrapping_sub(self.key.rip) as usize;
+            let exchange = bytes.get(at..).is_some_and(|b| is_exchange(&i, b));
+            let refused = exchange || !allows(&i) || self.refuses(&i);
             let ends = i.flow_control() != FlowControl::Next || (refused && ends_block(&i));
             list.push(Decoded {
                 i,
@@ -330,10 +333,11 @@ impl<'a> Front<'a> {
         if i.is_privileged() || i.is_string_instruction() {
             return true;
         }
-        // A NOP or undefined, by vendor.
+        // A NOP or undefined, or an operand of 2 or 4 bytes, by vendor.
         if matches!(
             i.code(),
-            Code::Reservednop_rm16_r16_0F0D
+            Code::Movsxd_r16_rm16
+                | Code::Reservednop_rm16_r16_0F0D
                 | Code::Reservednop_rm32_r32_0F0D
                 | Code::Reservednop_rm64_r64_0F0D
         ) {

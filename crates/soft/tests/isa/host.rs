@@ -19,8 +19,8 @@ use super::machine::{
 };
 
 /// The context page; its offsets are in the assembly below.
-const CONTEXT: u64 = 0x7003_1000;
-const CONTEXT_BYTES: usize = 0x4000;
+pub const CONTEXT: u64 = 0x7003_1000;
+pub const CONTEXT_BYTES: usize = 0x4000;
 
 #[repr(C)]
 struct Context {

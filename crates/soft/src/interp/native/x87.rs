@@ -11,7 +11,7 @@ use pyrite_x86::sreg;
 use crate::exception::Exception;
 use crate::interp::integer::Done;
 use crate::interp::native::registers::normalise;
-use crate::interp::operand::{alignment_checked, mem_lin, offset, segment};
+use crate::interp::operand::{alignment_checked, mem_lin, offset, segment, split_fault};
 use crate::interp::{Handler, Op};
 use crate::mmu::Priv;
 use crate::sys::Next;
@@ -325,7 +325,10 @@ fn environment_lin(
     step: usize,
     access: SegAccess,
 ) -> Result<u64, Exception> {
-    let lin = mem_lin(v, i, bytes, access)?;
+    let lin = match mem_lin(v, i, bytes, access) {
+        Ok(lin) => lin,
+        Err(e) => return Err(split_fault(v, i, step, access, e)),
+    };
     if alignment_checked(v) && !lin.is_multiple_of(step as u64) {
         return Err(Exception::AC);
     }
