@@ -107,12 +107,13 @@ pub fn mem_lin(
 }
 
 /// The fault of an operand that is accessed in pieces and of which [`mem_lin`] refused the whole
-/// with `refusal`: if its first piece, of `first` bytes, is canonical, that one's page fault comes
-/// before. The manuals leave the order open; processors do it for x87 operands.
+/// with `refusal`: if its first piece, of `first` bytes at `at`, is canonical, that one's page fault
+/// comes before. The manuals leave the order open; processors do it for x87 and masked operands.
 #[cold]
 pub fn split_fault(
     v: &mut SoftVcpu,
     i: &Instruction,
+    at: usize,
     first: usize,
     access: SegAccess,
     refusal: Exception,
@@ -120,7 +121,8 @@ pub fn split_fault(
     if !v.long64() || refusal.vector == vector::AC {
         return refusal;
     }
-    let Ok(lin) = v.linear(segment(i), offset(v, i), first, access) else {
+    let o = offset(v, i).wrapping_add(at as u64) & address_mask(i);
+    let Ok(lin) = v.linear(segment(i), o, first, access) else {
         return refusal;
     };
     let kind = match access {

@@ -8,7 +8,9 @@ use crate::exception::Exception;
 use crate::interp::integer::{Done, sign_extend};
 use crate::interp::native::registers::{normalise, opmask, set_opmask, set_vector, vector};
 use crate::interp::native::{check_vector, x87};
-use crate::interp::operand::{address_mask, offset, segment, segment_number, size_mask};
+use crate::interp::operand::{
+    address_mask, alignment_checked, offset, segment, segment_number, size_mask,
+};
 use crate::interp::{Handler, Op, memory};
 use crate::mmu::Priv;
 use crate::sys::Next;
@@ -156,6 +158,11 @@ impl Lanes {
     /// True if sign bits of a vector register decide (VMASKMOV and its like).
     pub fn by_vector(&self) -> bool {
         self.by == By::Vector
+    }
+
+    /// True if an opmask decides.
+    pub fn by_opmask(&self) -> bool {
+        matches!(self.by, By::Opmask | By::Count)
     }
 
     /// Calls `f` for each run of active elements: byte offset and length.
@@ -446,6 +453,10 @@ fn masked_bytes(v: &mut SoftVcpu, op: &Op) -> Done {
     // processors at hand do it.
     let seg = segment_number(op.i.memory_segment());
     let lin = v.linear(seg, o, count, SegAccess::Write)?;
+    // Alignment of 8 bytes is checked even where nothing is stored.
+    if alignment_checked(v) && !lin.is_multiple_of(8) {
+        return Err(Exception::AC.into());
+    }
     v.probe_write(lin, count, Priv::Current)?;
     lanes.store(v, lin, &data[..count], active)?;
     Ok(Next::Sequential)

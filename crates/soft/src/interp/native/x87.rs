@@ -327,7 +327,7 @@ fn environment_lin(
 ) -> Result<u64, Exception> {
     let lin = match mem_lin(v, i, bytes, access) {
         Ok(lin) => lin,
-        Err(e) => return Err(split_fault(v, i, step, access, e)),
+        Err(e) => return Err(split_fault(v, i, 0, step, access, e)),
     };
     if alignment_checked(v) && !lin.is_multiple_of(step as u64) {
         return Err(Exception::AC);
