@@ -408,7 +408,13 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         enter(v);
         match v.frame.xlate.reason {
             reason::LINK => link(v, m),
-            reason::LOOKUP => v.xlate.stats.lookups += 1,
+            reason::LOOKUP => {
+                v.xlate.stats.lookups += 1;
+                if m & mode::CODE64 != 0 && !v.canonical(v.frame.cpu.rip) {
+                    undo_branch(v)?;
+                    interp::step(v)?;
+                }
+            }
             reason::POLL => {
                 v.xlate.stats.polls += 1;
                 return Ok(());
@@ -419,7 +425,8 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
                 }
             }
             reason::SIGNAL => {
-                locate_signal(v)?;
+                v.xlate.stats.signals += 1;
+                locate(v, v.frame.xlate.fault_rip)?;
                 v.xlate.stats.interpreted += 1;
                 interp::step(v)?;
             }
@@ -466,29 +473,35 @@ fn enter(v: &mut SoftVcpu) {
     RUNNING.set((0, 0, 0));
 }
 
-/// Sets RIP to the guest instruction whose emitted code raised a signal.
-fn locate_signal(v: &mut SoftVcpu) -> Result<(), Trap> {
-    v.xlate.stats.signals += 1;
-    let at = v.frame.xlate.fault_rip;
+/// Sets RIP to the guest instruction whose emitted code is at `at`. Returns what `Block::pops` says.
+fn locate(v: &mut SoftVcpu, at: u64) -> Result<u32, Trap> {
     let cache = &v.xlate.cache;
     let found = cache.block_at(at).and_then(|b| {
         let off = (at - cache.base()) as u32 - b.start;
         let n = b.map.partition_point(|(h, _)| *h <= off);
-        b.map
-            .get(n.checked_sub(1)?)
-            .map(|(_, g)| b.key.rip.wrapping_add(u64::from(*g)))
+        let (_, g) = b.map.get(n.checked_sub(1)?)?;
+        Some((b.key.rip.wrapping_add(u64::from(*g)), b.pops))
     });
     match found {
-        Some(rip) => {
+        Some((rip, pops)) => {
             v.frame.cpu.rip = rip;
-            Ok(())
+            Ok(pops)
         }
         None => Err(Trap::Stop(pyrite_engine::StopReason::Failed(
-            EngineError::Internal(format!(
-                "a host signal at {at:#x} belongs to no translated block"
-            )),
+            EngineError::Internal(format!("{at:#x} belongs to no translated block")),
         ))),
     }
+}
+
+/// An indirect JMP or RET has led to a non-canonical address, where the processor raises #GP at the
+/// branch: back to the state before it. Intel SDM Vol. 2A (JMP), Vol. 2B (RET).
+fn undo_branch(v: &mut SoftVcpu) -> Result<(), Trap> {
+    let base = v.xlate.cache.base();
+    let offset = v.frame.xlate.branch.wrapping_sub(base as u32);
+    let pops = locate(v, base + u64::from(offset))?;
+    let sp = &mut v.frame.cpu.gpr[pyrite_x86::gpr::RSP];
+    *sp = sp.wrapping_sub(u64::from(pops));
+    Ok(())
 }
 
 /// Links the exit that was just taken to its target, if it can be found or made.

@@ -59,6 +59,8 @@ pub struct Block {
     pub interpret_first: bool,
     /// The entry polls the exit request.
     pub polls: bool,
+    /// Bytes that the RET that ends it takes from the stack; 0 if something else does.
+    pub pops: u32,
     pub dead: bool,
 }
 

@@ -67,6 +67,11 @@ impl Emitter {
         self.code.len()
     }
 
+    /// Address at which the next byte will execute.
+    pub fn address(&self) -> u64 {
+        self.base.wrapping_add(self.code.len() as u64)
+    }
+
     /// A label to be bound later.
     pub fn label(&mut self) -> Label {
         self.labels.push(None);
@@ -361,6 +366,10 @@ impl Emitter {
     /// `shr reg32, n`.
     pub fn shr32(&mut self, reg: u8, n: u8) {
         self.bytes(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe8 | reg & 7, n]);
+    }
+    /// `sar reg, n` (64 bit).
+    pub fn sar(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(true, 0, 0, reg), 0xc1, 0xf8 | reg & 7, n]);
     }
     /// `and reg32, imm`.
     pub fn and32(&mut self, reg: u8, imm: u32) {

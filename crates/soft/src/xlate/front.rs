@@ -95,6 +95,11 @@ enum Cold {
         at: Label,
         rip: u64,
     },
+    /// The same with the flags in `FrameArea::flags`.
+    InterpretSaved {
+        at: Label,
+        rip: u64,
+    },
 }
 
 /// One instruction's place in the block.
@@ -255,6 +260,10 @@ impl<'a> Front<'a> {
                 d.refused && (d.i.flow_control() != FlowControl::Next || ends_block(&d.i))
             }),
             polls,
+            pops: match list.last() {
+                Some(d) if d.i.mnemonic() == Mnemonic::Ret => d.i.stack_pointer_increment() as u32,
+                _ => 0,
+            },
             dead: false,
         };
         let exits = f.t.exits.iter().map(|(x, stub, at)| Exit {
@@ -442,7 +451,7 @@ impl<'a> Front<'a> {
         let near = match i.op0_kind() {
             OpKind::NearBranch16 => return false,
             OpKind::NearBranch32 => !self.code64,
-            OpKind::NearBranch64 => self.code64,
+            OpKind::NearBranch64 => self.code64 && flow::canonical(i.near_branch_target()),
             _ => false,
         };
         match i.code() {
@@ -671,6 +680,11 @@ impl<'a> Front<'a> {
                 }
                 Cold::Interpret { at, rip } => {
                     self.t.e.bind(at);
+                    self.interpret_at(rip);
+                }
+                Cold::InterpretSaved { at, rip } => {
+                    self.t.e.bind(at);
+                    self.t.e.restore_flags();
                     self.interpret_at(rip);
                 }
             }

@@ -39,8 +39,8 @@ pub struct FrameArea {
     pub xsave_mask: u32,
     /// Not 0: an interrupt waits for IF.
     pub irq_waiting: u32,
-    /// Keeps the layout explicit.
-    pub reserved0: u32,
+    /// Low half of the host address of the indirect JMP or RET that ran last in 64-bit mode.
+    pub branch: u32,
     /// PEXT masks for the soft-TLB slot and the jump-cache entry.
     pub tlb_mask: u64,
     /// See `tlb_mask`.
@@ -103,6 +103,7 @@ pub const fn seg_base(n: usize) -> usize {
 pub const RFLAGS: usize = C + offset_of!(CpuState, rflags);
 pub const SHADOW: usize = C + offset_of!(CpuState, interrupt_shadow);
 pub const IRQ_WAITING: usize = X + offset_of!(FrameArea, irq_waiting);
+pub const BRANCH: usize = X + offset_of!(FrameArea, branch);
 pub const EXIT_REQUEST: usize = offset_of!(Frame, exit_request);
 pub const FLAGS: usize = X + offset_of!(FrameArea, flags);
 pub const HOST_RSP: usize = X + offset_of!(FrameArea, host_rsp);
