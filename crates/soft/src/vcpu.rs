@@ -247,6 +247,8 @@ impl SoftVcpu {
                     ("guest-instructions", Inspect::Uint(x.guest_insns)),
                     ("enters", Inspect::Uint(x.enters)),
                     ("lookups", Inspect::Uint(x.lookups)),
+                    ("page-checks", Inspect::Uint(x.page_checks)),
+                    ("jump-conflicts", Inspect::Uint(x.jump_conflicts)),
                     ("links", Inspect::Uint(x.links)),
                     ("polls", Inspect::Uint(x.polls)),
                     ("interpreted", Inspect::Uint(x.interpreted)),

@@ -9,7 +9,7 @@ use pyrite_mem::{CodeListener, GuestMemory};
 use pyrite_state::Inspect;
 
 use crate::apic::Apic;
-use crate::frame::FrameMapping;
+use crate::frame::{EXIT_WANTED, FrameMapping};
 use crate::vcpu::SoftVcpu;
 
 /// Event flags of a vCPU: why it should look up from its work.
@@ -102,7 +102,9 @@ impl VcpuShared {
     /// Raises events and makes the vCPU look.
     pub fn raise(&self, events: u32) {
         self.events.fetch_or(events, Ordering::SeqCst);
-        self.frame.exit_request().store(1, Ordering::SeqCst);
+        self.frame
+            .exit_request()
+            .store(EXIT_WANTED, Ordering::SeqCst);
         let parked = lock(&self.parked);
         if *parked {
             self.wake.notify_all();
@@ -270,7 +272,7 @@ impl VmShared {
         for (n, v) in self.vcpus.iter().enumerate() {
             if n != me as usize {
                 v.events.fetch_or(event::EXCLUSIVE, Ordering::SeqCst);
-                v.frame.exit_request().store(1, Ordering::SeqCst);
+                v.frame.exit_request().store(EXIT_WANTED, Ordering::SeqCst);
             }
         }
         for (n, v) in self.vcpus.iter().enumerate() {
