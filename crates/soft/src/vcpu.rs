@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use pyrite_engine::{EngineError, StopReason, Vcpu};
 use pyrite_state::Inspect;
 use pyrite_x86::bits::{rflags, vector};
-use pyrite_x86::{Activity, CpuState, InterruptShadow, sreg};
+use pyrite_x86::{Activity, CpuState, InterruptShadow, gpr, sreg};
 
 use crate::exception::Trap;
 use crate::frame::Frame;
@@ -228,6 +228,18 @@ impl SoftVcpu {
             ("cs-base", Inspect::Hex(c.seg[sreg::CS].base)),
             ("rip", Inspect::Hex(c.rip)),
             ("rflags", Inspect::Hex(c.rflags)),
+            (
+                "interrupt-enabled",
+                Inspect::Bool(c.rflags & rflags::IF != 0),
+            ),
+            (
+                "interrupt-shadow",
+                Inspect::Text(format!("{:?}", c.interrupt_shadow)),
+            ),
+            ("interrupt-may-wait", Inspect::Bool(self.irq_waiting)),
+            ("nmi-pending", Inspect::Bool(c.nmi_pending)),
+            ("nmi-blocked", Inspect::Bool(c.nmi_blocked)),
+            ("rsp", Inspect::Hex(c.gpr[gpr::RSP])),
             ("cr0", Inspect::Hex(c.cr0)),
             ("cr3", Inspect::Hex(c.cr3)),
             ("cr4", Inspect::Hex(c.cr4)),

@@ -141,6 +141,26 @@ impl VcpuShared {
         s.tree.clone().unwrap_or(Inspect::Node(Vec::new()))
     }
 
+    /// Where the vCPU is as seen from outside, without disturbing it.
+    fn waits(&self) -> Inspect {
+        let parked = *lock(&self.parked);
+        Inspect::node([
+            ("parked", Inspect::Bool(parked)),
+            (
+                "in-guest",
+                Inspect::Bool(self.in_guest.load(Ordering::SeqCst)),
+            ),
+            (
+                "events",
+                Inspect::Hex(self.events.load(Ordering::SeqCst).into()),
+            ),
+            (
+                "exit-request",
+                Inspect::Uint(self.frame.exit_request().load(Ordering::SeqCst).into()),
+            ),
+        ])
+    }
+
     /// Waits until an event is raised or `timeout` has passed.
     pub fn park(&self, timeout: Option<std::time::Duration>) {
         let mut parked = lock(&self.parked);
@@ -449,8 +469,22 @@ impl Vm for SoftVm {
             ("tsc-khz".to_owned(), Inspect::Uint(shared.tsc_khz)),
             ("exclusive-sections".to_owned(), Inspect::Uint(exclusive)),
         ];
-        for (n, v) in shared.vcpus.iter().enumerate() {
-            children.push((format!("vcpu{n}"), v.inspect()));
+        if let Some(ns) = crate::apic::thread_sleeps_ns(shared) {
+            children.push(("timer-thread-sleeps-ns".to_owned(), Inspect::Uint(ns)));
+        }
+        // First what can be seen without asking: a vCPU that is asked wakes up, and what kept it
+        // asleep would be gone.
+        let outside: Vec<_> = (0..)
+            .zip(&shared.vcpus)
+            .map(|(n, v)| (v.waits(), crate::apic::inspect(shared, n)))
+            .collect();
+        for (n, (v, (waits, apic))) in shared.vcpus.iter().zip(outside).enumerate() {
+            let mut tree = v.inspect();
+            if let Inspect::Node(c) = &mut tree {
+                c.push(("waits".to_owned(), waits));
+                c.push(("apic".to_owned(), apic));
+            }
+            children.push((format!("vcpu{n}"), tree));
         }
         Inspect::Node(children)
     }

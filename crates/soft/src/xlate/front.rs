@@ -350,6 +350,14 @@ impl<'a> Front<'a> {
                 break;
             }
         }
+        // No interrupt may come between STI and the instruction after it, or STI; HLT would sleep
+        // through the one it waits for. Within a block nothing comes between; at its end the
+        // interpreter keeps the shadow.
+        if let Some(last) = list.last_mut()
+            && last.i.code() == Code::Sti
+        {
+            last.refused = true;
+        }
         let mut live = ARITH;
         for d in list.iter_mut().rev() {
             if d.refused {
