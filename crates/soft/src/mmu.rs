@@ -542,6 +542,7 @@ impl SoftVcpu {
     /// Empties the soft TLBs: MOV to CR3 (`keep_global`), changes of CR0, CR4, EFER, INVPCID.
     pub fn flush_tlb(&mut self, keep_global: bool) {
         self.stats.tlb_flushes += 1;
+        self.frame.xlate.forget_stack();
         let lists = if keep_global { 1 } else { 2 };
         for k in 0..lists {
             // A slot may be in both lists, and twice in one; what it holds now decides.
@@ -570,6 +571,7 @@ impl SoftVcpu {
 
     /// INVLPG: drops what is cached for the page around `lin`, large pages included.
     pub fn flush_page(&mut self, lin: u64) {
+        self.frame.xlate.forget_stack();
         let large = self.notes.any_large;
         let hit = |tag: u64, shift: u8| tag & 0xfff == 0 && (tag ^ lin) >> shift == 0;
         for v in 0..VIEWS {
@@ -605,6 +607,7 @@ impl SoftVcpu {
 
     /// Drops all write permission (dirty logging begins a round).
     pub fn drop_write_entries(&mut self) {
+        self.frame.xlate.forget_stack();
         for v in 0..VIEWS {
             for n in 0..TLB_ENTRIES {
                 self.frame.tlb[v].write[n] = empty_tag(n);

@@ -266,6 +266,7 @@ impl SoftVcpu {
                     ("interpreted", Inspect::Uint(x.interpreted)),
                     ("slow-memory", Inspect::Uint(x.slow_memory)),
                     ("signals", Inspect::Uint(x.signals)),
+                    ("stack-windows", Inspect::Uint(x.stack_windows)),
                     ("stale-pages", Inspect::Uint(x.stale_pages)),
                     ("cache-bytes", Inspect::Uint(cache as u64)),
                 ]),

@@ -43,6 +43,8 @@ pub struct SoftOptions {
     pub translate: bool,
     /// Link blocks directly.
     pub link: bool,
+    /// Check runs of accesses once.
+    pub share_checks: bool,
     /// Most guest instructions of a block.
     pub block_insns_max: usize,
     /// Keep even flags exact that no later instruction reads, at every memory access.
@@ -58,6 +60,7 @@ impl Default for SoftOptions {
         SoftOptions {
             translate: true,
             link: true,
+            share_checks: true,
             block_insns_max: 64,
             precise_flags: false,
             code_cache_bytes: 64 << 20,

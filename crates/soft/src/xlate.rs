@@ -62,8 +62,10 @@ mod mode {
     pub const FS_FLAT: u32 = 1 << 7;
     /// GS likewise.
     pub const GS_FLAT: u32 = 1 << 8;
+    /// Not of the processor's mode: the variant of a block without runs of accesses.
+    pub const PLAIN: u32 = 1 << 9;
     /// All but the view, for which there are jump caches of their own.
-    pub const UNITS: u32 = !VIEW;
+    pub const UNITS: u32 = !(VIEW | PLAIN);
 }
 
 /// Which 64-byte parts of each page of RAM have been translated by any vCPU.
@@ -106,6 +108,8 @@ pub struct XlateStats {
     pub interpreted: u64,
     pub slow_memory: u64,
     pub signals: u64,
+    /// Checks of runs of stack accesses that failed.
+    pub stack_windows: u64,
     pub stale_pages: u64,
 }
 
@@ -145,6 +149,9 @@ impl Translator {
         x.mxcsr_host = 0x1f80;
         x.stub_exit = stubs::exit as *const () as u64;
         x.stub_miss = stubs::miss as *const () as u64;
+        x.stub_stack = stubs::stack as *const () as u64;
+        x.canonical_mask = !0 << 47;
+        x.forget_stack();
         x.stub_slow = stubs::slow as *const () as u64;
         x.stub_step = stubs::step as *const () as u64;
         x.stub_step_jump = stubs::step_jump as *const () as u64;
@@ -319,6 +326,30 @@ unsafe extern "sysv64" fn slow_memory(frame: *mut Frame, lin: u64, desc: u32) ->
     1
 }
 
+/// Called by the stack stub when a run's check has failed. 0 = the window serves it now, 1 = the
+/// run cannot be served.
+unsafe extern "sysv64" fn stack_window(frame: *mut Frame, lin: u64, desc: u32) -> u32 {
+    // SAFETY: as in `slow_memory`.
+    let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
+    v.xlate.stats.stack_windows += 1;
+    let len = (desc & 0xff) as usize;
+    let view = match desc >> 16 & 3 {
+        0 => View::Supervisor,
+        1 => View::SupervisorSmap,
+        _ => View::User,
+    };
+    if !v.canonical(lin) || (lin & (PAGE_SIZE - 1)) as usize + len > PAGE_SIZE as usize {
+        return 1;
+    }
+    // Only what has been written already: a run may end before its first store.
+    let Some(p) = v.hit(lin, len, view, true) else {
+        return 1;
+    };
+    v.frame.xlate.stack_page[view as usize] = lin & !(PAGE_SIZE - 1);
+    v.frame.xlate.stack_delta[view as usize] = (p as u64).wrapping_sub(lin);
+    0
+}
+
 /// Called by the step stub: interprets the instruction at RIP. 0 = the block goes on, 1 = leave.
 unsafe extern "sysv64" fn step_in_place(frame: *mut Frame) -> u32 {
     // SAFETY: as in `slow_memory`.
@@ -387,8 +418,10 @@ fn run_loop_wanted(v: &SoftVcpu) -> bool {
 
 /// Runs translated code until something needs the run loop.
 pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
+    let mut variant = 0;
     loop {
         let Some(m) = mode_of(v) else { return Ok(()) };
+        let m = m | std::mem::take(&mut variant);
         let linear_rip = v.frame.cpu.rip;
         let fetched = match v.fetch_page(linear_rip) {
             Ok(g) if v.canonical(linear_rip) || m & mode::CODE64 == 0 => g,
@@ -427,10 +460,13 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         // What saves the next look-up of this target.
         let frame = &mut v.frame.xlate;
         let checked = base + u64::from(checked);
-        let known = std::mem::replace(&mut frame.jump_cache[view][jump_slot(linear_rip)], checked);
-        v.xlate.stats.page_checks += u64::from(known == checked);
-        v.xlate.stats.jump_conflicts +=
-            u64::from(known != checked && known != stubs::miss as *const () as u64);
+        if m & mode::PLAIN == 0 {
+            let cached = &mut frame.jump_cache[view][jump_slot(linear_rip)];
+            let known = std::mem::replace(cached, checked);
+            let miss = stubs::miss as *const () as u64;
+            v.xlate.stats.page_checks += u64::from(known == checked);
+            v.xlate.stats.jump_conflicts += u64::from(known != checked && known != miss);
+        }
         v.xlate
             .code_tlb
             .fill(&mut frame.code_tlb, page, linear_rip, fetched);
@@ -444,7 +480,7 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         v.frame.xlate.target = base + u64::from(entry);
         enter(v);
         match v.frame.xlate.reason {
-            reason::LINK => link(v),
+            reason::LINK => variant = link(v),
             reason::LOOKUP => {
                 v.xlate.stats.lookups += 1;
                 if v.long64() && !v.canonical(v.frame.cpu.rip) {
@@ -542,17 +578,20 @@ fn undo_branch(v: &mut SoftVcpu) -> Result<(), Trap> {
 }
 
 /// Links the exit that was just taken to its target, if it can be found or made.
-fn link(v: &mut SoftVcpu) {
+///
+/// Which variant to go on in, as mode bits.
+fn link(v: &mut SoftVcpu) -> u32 {
     let x = v.frame.xlate.link;
     let Some(exit) = v.xlate.cache.exits.get(x as usize).cloned() else {
-        return;
+        return 0;
     };
     let owner = &v.xlate.cache.blocks[exit.owner as usize];
     if owner.dead {
-        return;
+        return 0;
     }
     // The mode may be another than that in which translated code was entered.
-    let m = owner.key.mode;
+    let variant = if exit.plain { mode::PLAIN } else { 0 };
+    let m = owner.key.mode & !mode::PLAIN | variant;
     let near = (exit.target ^ owner.key.rip) >> 12 == 0;
     let backward = near && exit.target <= owner.key.rip.wrapping_add(u64::from(owner.guest_len));
     let gpa = if near {
@@ -560,12 +599,12 @@ fn link(v: &mut SoftVcpu) {
         (owner.key.gpa & !0xfff) | (exit.target & 0xfff)
     } else {
         if m & mode::CODE64 != 0 && !v.canonical(exit.target) {
-            return;
+            return variant;
         }
         match v.fetch_gpa(exit.target) {
             Ok(gpa) => gpa,
             // The run loop meets the same fault and raises it.
-            Err(_) => return,
+            Err(_) => return variant,
         }
     };
     let key = BlockKey {
@@ -575,7 +614,7 @@ fn link(v: &mut SoftVcpu) {
     };
     let flushes = v.xlate.cache.flushes;
     let Some(mut to) = find_or_translate(v, key) else {
-        return;
+        return variant;
     };
     if backward && !v.xlate.cache.blocks[to as usize].polls {
         // Every loop must notice the exit request: translate the target again, polling.
@@ -583,13 +622,14 @@ fn link(v: &mut SoftVcpu) {
         kill(v, to);
         match find_or_translate(v, key) {
             Some(t) => to = t,
-            None => return,
+            None => return variant,
         }
     }
     if v.xlate.cache.flushes == flushes {
         v.xlate.stats.links += 1;
         v.xlate.cache.link(x, to, near);
     }
+    variant
 }
 
 /// Drops one block.
@@ -795,6 +835,7 @@ fn protect(v: &mut SoftVcpu, page_off: u64) {
                     }
                 }
             }
+            frame.xlate.forget_stack();
         }
         flags.fetch_and(!PAGE_WRITE_CACHED, Ordering::SeqCst);
     });

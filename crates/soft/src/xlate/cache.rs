@@ -28,6 +28,8 @@ pub struct BlockKey {
 pub struct Exit {
     /// Guest RIP it leads to.
     pub target: u64,
+    /// It leads to the variant of the target without runs.
+    pub plain: bool,
     /// Cache offset of the rel32 of its jump.
     pub patch_at: u32,
     /// Cache offset of its stub, to which the jump leads while unlinked.

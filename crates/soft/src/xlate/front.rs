@@ -18,6 +18,7 @@ mod classify;
 mod flags;
 mod flow;
 mod operand;
+mod stack;
 mod system;
 
 use iced_x86::{
@@ -102,6 +103,15 @@ enum Cold {
         rip: u64,
         shadow: bool,
     },
+    /// A run's check failed: fill the stack window, or go on without runs.
+    Stack {
+        at: Label,
+        retry: Label,
+        disp: i32,
+        desc: u32,
+        exit: usize,
+        stub: Label,
+    },
     /// Leave for the interpreter at `rip`.
     Interpret {
         at: Label,
@@ -121,6 +131,10 @@ struct Decoded {
     live: u32,
     /// It is left to the interpreter.
     refused: bool,
+    /// Its stack accesses are in a run, see `stack.rs`.
+    stack: bool,
+    /// RSP before it, relative to the beginning of its segment.
+    sp: i64,
 }
 
 /// Buffers that live from block to block.
@@ -264,10 +278,15 @@ impl<'a> Front<'a> {
             polls,
         } = f.prologue(&list, &place);
         let mut map = Vec::with_capacity(list.len().max(1));
+        let checks = f.plan_stack(&mut list);
+        let mut checks = checks.into_iter().peekable();
         let mut ended = false;
         let mut next_rip = key.rip;
-        for d in &list {
+        for (n, d) in list.iter().enumerate() {
             map.push((f.t.e.len() as u32, (d.i.ip() - key.rip) as u16));
+            while let Some(c) = checks.next_if(|c| c.before == n) {
+                f.stack_check(c, d);
+            }
             next_rip = f.wrap_ip(d.i.next_ip());
             if f.one(d) {
                 ended = true;
@@ -348,6 +367,8 @@ impl<'a> Front<'a> {
                 i,
                 live: 0,
                 refused,
+                stack: false,
+                sp: 0,
             });
             if ends {
                 break;
@@ -666,7 +687,9 @@ impl<'a> Front<'a> {
         let next = self.wrap_ip(i.next_ip());
         self.t.e.store_imm64(layout::RIP, i.ip(), T0);
         self.t.e.store_imm64(layout::EXPECTED, next, T0);
-        self.t.e.store_imm32(layout::MODE, self.key.mode);
+        self.t
+            .e
+            .store_imm32(layout::MODE, self.key.mode & !mode::PLAIN);
     }
 
     /// Has the interpreter do an instruction that changes RIP or the mode, and goes on where that
@@ -759,6 +782,31 @@ impl<'a> Front<'a> {
                     self.t.e.store_imm64(layout::RIP, rip, T0);
                     self.t.e.store_imm32(layout::REASON, reason::POLL);
                     self.t.e.jmp_frame(layout::STUB_EXIT);
+                }
+                Cold::Stack {
+                    at,
+                    retry,
+                    disp,
+                    desc,
+                    exit,
+                    stub,
+                } => {
+                    self.t.e.bind(at);
+                    let first = Address {
+                        base: Some(HOST_SP),
+                        index: None,
+                        disp,
+                    };
+                    self.t.e.lea(T0, first, true);
+                    self.t.e.mov_imm(T1, u64::from(desc));
+                    // Comes back after the first jump if the window cannot serve the run.
+                    self.t.e.call_frame(layout::STUB_STACK);
+                    self.t.e.jmp(retry);
+                    if desc & crate::xlate::stubs::DESC_FLAGS_SAVED != 0 {
+                        self.t.e.restore_flags();
+                    }
+                    self.t.e.jmp(stub);
+                    self.t.exits[exit].2 = self.t.e.len() - 4;
                 }
                 Cold::Interpret { at, rip } => {
                     self.t.e.bind(at);

@@ -25,6 +25,14 @@ pub const fn jump_slot(rip: u64) -> usize {
     (rip.wrapping_add(rip.rotate_right(JC_BITS)) & JC_MASK) as usize
 }
 
+impl FrameArea {
+    /// Empties the stack windows.
+    pub fn forget_stack(&mut self) {
+        self.stack_page = [NO_STACK; VIEWS];
+        self.stack_delta = [0; VIEWS];
+    }
+}
+
 /// What emitted code and its stubs keep for themselves in the [`Frame`].
 #[repr(C)]
 pub struct FrameArea {
@@ -68,8 +76,16 @@ pub struct FrameArea {
     pub stub_step: u64,
     /// See `stub_exit`.
     pub stub_step_jump: u64,
+    /// See `stub_exit`.
+    pub stub_stack: u64,
     /// Addresses of the paths of `fast.rs`, by [`super::fast::Path`].
     pub fast: [u64; super::fast::PATHS],
+    /// The stack window: by view, a writable page on which the stack was last.
+    pub stack_page: [u64; VIEWS],
+    /// Host address less linear address of the stack window.
+    pub stack_delta: [u64; VIEWS],
+    /// PEXT mask of the bits that are equal in a canonical address.
+    pub canonical_mask: u64,
     /// Where the VM's TSC offset is, an `AtomicI64`.
     pub tsc_offset_at: u64,
     /// RIP after the instruction that `stub_step` runs, if the block is to go on.
@@ -120,6 +136,19 @@ pub const XSAVE: usize = C + offset_of!(CpuState, xsave);
 pub const fn fast(path: super::fast::Path) -> usize {
     X + offset_of!(FrameArea, fast) + 8 * path as usize
 }
+/// An empty stack window: no canonical address is in it, and a non-canonical address that is
+/// faults, because the delta is 0.
+pub const NO_STACK: u64 = 1 << 63;
+/// Offset of a view's stack window.
+pub const fn stack_page(view: usize) -> usize {
+    X + offset_of!(FrameArea, stack_page) + 8 * view
+}
+/// See [`stack_page`].
+pub const fn stack_delta(view: usize) -> usize {
+    X + offset_of!(FrameArea, stack_delta) + 8 * view
+}
+pub const CANONICAL_MASK: usize = X + offset_of!(FrameArea, canonical_mask);
+pub const STUB_STACK: usize = X + offset_of!(FrameArea, stub_stack);
 pub const TSC_OFFSET_AT: usize = X + offset_of!(FrameArea, tsc_offset_at);
 pub const CR4: usize = C + offset_of!(CpuState, cr4);
 pub const EFER: usize = C + offset_of!(CpuState, efer);

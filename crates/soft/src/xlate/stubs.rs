@@ -215,6 +215,78 @@ pub unsafe extern "sysv64" fn slow() {
     )
 }
 
+/// A run's check failed. Called with R10 = linear address of its first byte, R11 = descriptor as
+/// for [`slow`]. Returns to try again, or 5 bytes further if the stack window cannot serve the run.
+///
+/// # Safety
+/// Only from translated code.
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn stack() {
+    naked_asm!(
+        "mov [rsp + 8 + {rax}], rax",
+        "lahf",
+        "seto al",
+        "bt r11d, 24",
+        "jc 2f",
+        "mov [rsp + 8 + {flags}], rax",
+        "2:",
+        "mov [rsp + 8 + {rcx}], rcx",
+        "mov [rsp + 8 + {rdx}], rdx",
+        "mov [rsp + 8 + {rbx}], rbx",
+        "mov [rsp + 8 + {rsp}], r15",
+        "mov [rsp + 8 + {rbp}], rbp",
+        "mov [rsp + 8 + {rsi}], rsi",
+        "mov [rsp + 8 + {rdi}], rdi",
+        "mov [rsp + 8 + {r8}], r8",
+        "mov [rsp + 8 + {r9}], r9",
+        "mov [rsp + 8 + {r12}], r12",
+        "mov [rsp + 8 + {r13}], r13",
+        "mov [rsp + 8 + {r14}], r14",
+        "cmp dword ptr [rsp + 8 + {live}], 0",
+        "je 3f",
+        "mov eax, [rsp + 8 + {mask}]",
+        "xor edx, edx",
+        "xsave64 [rsp + 8 + {xsave}]",
+        "ldmxcsr [rsp + 8 + {mxcsr}]",
+        "3:",
+        "lea rbx, [rsp + 8]",
+        "mov rdi, rbx",
+        "mov rsi, r10",
+        "mov edx, r11d",
+        "mov rsp, [rbx + {host_rsp}]",
+        "call {stack_window}",
+        "lea rsp, [rbx - 8]",
+        "test eax, eax",
+        "jz 6f",
+        // To the instruction after the jump, whose length is 5.
+        "add qword ptr [rsp], 5",
+        "6:",
+        "cmp dword ptr [rsp + 8 + {live}], 0",
+        "je 4f",
+        "mov eax, [rsp + 8 + {mask}]",
+        "xor edx, edx",
+        "xrstor64 [rsp + 8 + {xsave}]",
+        "4:",
+        "mov rcx, [rsp + 8 + {rcx}]",
+        "mov rdx, [rsp + 8 + {rdx}]",
+        "mov rsi, [rsp + 8 + {rsi}]",
+        "mov rdi, [rsp + 8 + {rdi}]",
+        "mov r8, [rsp + 8 + {r8}]",
+        "mov r9, [rsp + 8 + {r9}]",
+        "mov rbx, [rsp + 8 + {rbx}]",
+        "mov rax, [rsp + 8 + {rax}]",
+        "ret",
+        host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS,
+        live = const layout::FPU_LIVE, mask = const layout::XSAVE_MASK,
+        xsave = const layout::XSAVE, mxcsr = const layout::MXCSR_HOST,
+        stack_window = sym super::stack_window,
+        rax = const gpr(0), rcx = const gpr(1), rdx = const gpr(2), rbx = const gpr(3),
+        rsp = const gpr(4), rbp = const gpr(5), rsi = const gpr(6), rdi = const gpr(7),
+        r8 = const gpr(8), r9 = const gpr(9), r12 = const gpr(12), r13 = const gpr(13),
+        r14 = const gpr(14),
+    )
+}
+
 /// Runs the instruction at the RIP in the frame in the interpreter, without leaving the block.
 /// Called with `FrameArea::expected` = the RIP that must come out for the block to go on; any
 /// other outcome leaves translated code.

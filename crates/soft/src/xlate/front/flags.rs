@@ -70,7 +70,7 @@ impl Front<'_> {
                 self.t.e.or(T0, T1);
                 self.t.e.store(layout::VALUE, T0);
                 self.t.e.restore_flags();
-                self.push_frame(i.ip(), layout::VALUE, d.live != 0);
+                self.push_frame(d, layout::VALUE, d.live != 0);
             }
             _ => self.popf(d, next),
         }

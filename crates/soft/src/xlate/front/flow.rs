@@ -1,6 +1,6 @@
 //! Stack instructions and everything that leaves a block.
 
-use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind};
+use iced_x86::{FlowControl, Mnemonic, OpKind};
 
 use super::classify::condition;
 use super::{Cold, Decoded, Exit, Front, HOST_SP, SP, gpr_of, host_reg};
@@ -55,13 +55,43 @@ impl Front<'_> {
         disp: 0,
     };
 
-    pub(super) fn push_const(&mut self, rip: u64, value: u64, flags_live: bool) {
-        self.push_check(rip, flags_live);
-        self.store_const(value);
+    pub(super) fn push_const(&mut self, d: &Decoded, value: u64, flags_live: bool) {
+        let to = self.push_slot(d, flags_live);
+        self.store_const(to, value);
+    }
+
+    /// Where a push stores, checked.
+    fn push_slot(&mut self, d: &Decoded, flags_live: bool) -> Address {
+        if d.stack {
+            return self.in_run(-(self.slot() as i32));
+        }
+        self.push_check(d.i.ip(), flags_live);
+        Self::OPERAND
+    }
+
+    /// Where a pop loads from, checked.
+    fn pop_slot(&mut self, d: &Decoded, flags_live: bool) -> Address {
+        if d.stack {
+            return self.in_run(0);
+        }
+        self.pop_check(d.i.ip(), HOST_SP, flags_live);
+        Self::OPERAND
+    }
+
+    /// The same operand without T0.
+    fn free_t0(&mut self, a: Address) -> Address {
+        if a.index != Some((T0, 0)) {
+            return a;
+        }
+        self.t.e.lea(T1, a, true);
+        Address {
+            base: Some(T1),
+            ..Address::default()
+        }
     }
 
     /// What follows the check of a push of a constant.
-    fn store_const(&mut self, value: u64) {
+    fn store_const(&mut self, to: Address, value: u64) {
         let (n, w) = (self.slot() as i32, self.code64);
         let small = if w {
             i32::try_from(value as i64).ok()
@@ -69,36 +99,22 @@ impl Front<'_> {
             Some(value as u32 as i32)
         };
         if let Some(v) = small {
-            self.t.e.store_mem_imm(Self::OPERAND, v, w);
+            self.t.e.store_mem_imm(to, v, w);
         } else {
-            self.t.e.lea(T1, Self::OPERAND, true);
+            let to = self.free_t0(to);
             self.t.e.mov_imm(T0, value);
-            self.t.e.store_mem(
-                Address {
-                    base: Some(T1),
-                    ..Address::default()
-                },
-                T0,
-                w,
-            );
+            self.t.e.store_mem(to, T0, w);
         }
         self.move_sp(-n);
     }
 
     /// Pushes what is in a frame slot.
-    pub(super) fn push_frame(&mut self, rip: u64, at: usize, flags_live: bool) {
+    pub(super) fn push_frame(&mut self, d: &Decoded, at: usize, flags_live: bool) {
         let (n, w) = (self.slot() as i32, self.code64);
-        self.push_check(rip, flags_live);
-        self.t.e.lea(T1, Self::OPERAND, true);
+        let to = self.push_slot(d, flags_live);
+        let to = self.free_t0(to);
         self.t.e.load(T0, at);
-        self.t.e.store_mem(
-            Address {
-                base: Some(T1),
-                ..Address::default()
-            },
-            T0,
-            w,
-        );
+        self.t.e.store_mem(to, T0, w);
         self.move_sp(-n);
     }
 
@@ -113,33 +129,33 @@ impl Front<'_> {
                     let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
                     match host_reg(g) {
                         Some(h) => {
-                            self.push_check(i.ip(), live);
-                            self.t.e.store_mem(Self::OPERAND, h, w);
+                            let to = self.push_slot(d, live);
+                            self.t.e.store_mem(to, h, w);
                             self.move_sp(-n);
                         }
-                        None => self.push_frame(i.ip(), gpr(g), live),
+                        None => self.push_frame(d, gpr(g), live),
                     }
                 }
                 OpKind::Memory => {
-                    self.check(i, n as usize, false, live);
-                    self.t.e.load_mem(T0, Self::OPERAND, w);
+                    let from = self.operand_slot(d, live);
+                    self.t.e.load_mem(T0, from, w);
                     self.t.e.store(layout::VALUE, T0);
-                    self.push_frame(i.ip(), layout::VALUE, live);
+                    self.push_frame(d, layout::VALUE, live);
                 }
-                _ => self.push_const(i.ip(), i.immediate(0), live),
+                _ => self.push_const(d, i.immediate(0), live),
             },
             Mnemonic::Pop => {
                 let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
-                self.pop_check(i.ip(), HOST_SP, live);
+                let from = self.pop_slot(d, live);
                 match host_reg(g) {
                     Some(h) => {
-                        self.t.e.load_mem(h, Self::OPERAND, w);
+                        self.t.e.load_mem(h, from, w);
                         if g != SP {
                             self.move_sp(n);
                         }
                     }
                     None => {
-                        self.t.e.load_mem(T0, Self::OPERAND, w);
+                        self.t.e.load_mem(T0, from, w);
                         self.t.e.store(gpr(g), T0);
                         self.move_sp(n);
                     }
@@ -178,25 +194,31 @@ impl Front<'_> {
                 self.direct_exit(next);
             }
             FlowControl::Call => {
-                self.push_const(i.ip(), next, true);
+                self.push_const(d, next, true);
                 let t = self.wrap_ip(i.near_branch_target());
                 self.direct_exit(t);
             }
             FlowControl::IndirectCall => {
-                self.load_target(i);
+                self.load_target(d);
                 let (n, w) = (self.slot(), self.code64);
-                self.check_with(i.ip(), n, true, true, |f| {
-                    if w {
-                        f.target_check(i.ip());
-                    }
-                    f.slot_below();
-                });
-                self.store_const(next);
+                let to = if d.stack {
+                    self.target_check_in_run(i.ip());
+                    self.in_run(-(n as i32))
+                } else {
+                    self.check_with(i.ip(), n, true, true, |f| {
+                        if w {
+                            f.target_check(i.ip());
+                        }
+                        f.slot_below();
+                    });
+                    Self::OPERAND
+                };
+                self.store_const(to, next);
                 self.t.e.load(T0, layout::TARGET);
                 self.indirect_exit();
             }
             FlowControl::IndirectBranch => {
-                self.load_target(i);
+                self.load_target(d);
                 self.note_branch();
                 self.t.e.load(T0, layout::TARGET);
                 self.indirect_exit();
@@ -208,8 +230,8 @@ impl Front<'_> {
                     0
                 };
                 let n = self.slot() as i32;
-                self.pop_check(i.ip(), HOST_SP, true);
-                self.t.e.load_mem(T0, Self::OPERAND, self.code64);
+                let from = self.pop_slot(d, true);
+                self.t.e.load_mem(T0, from, self.code64);
                 self.move_sp(n + extra);
                 self.note_branch();
                 self.indirect_exit();
@@ -218,8 +240,8 @@ impl Front<'_> {
     }
 
     /// The operand of an indirect branch, to `FrameArea::target`.
-    pub(super) fn load_target(&mut self, i: &Instruction) {
-        let w = self.code64;
+    pub(super) fn load_target(&mut self, d: &Decoded) {
+        let (i, w) = (&d.i, self.code64);
         if i.op0_kind() == OpKind::Register {
             let g = gpr_of(i.op0_register()).map_or(0, |(g, _)| g);
             match host_reg(g) {
@@ -230,10 +252,43 @@ impl Front<'_> {
                 }
             }
         } else {
-            self.check(i, self.slot(), false, true);
-            self.t.e.load_mem(T0, Self::OPERAND, w);
+            let from = self.operand_slot(d, true);
+            self.t.e.load_mem(T0, from, w);
             self.t.e.store(layout::TARGET, T0);
         }
+    }
+
+    /// A memory operand of the size of a stack slot that is read, checked.
+    fn operand_slot(&mut self, d: &Decoded, flags_live: bool) -> Address {
+        if d.stack
+            && let Some((at, _)) = super::stack::operand(&d.i)
+        {
+            return self.in_run(at as i32);
+        }
+        self.check(&d.i, self.slot(), false, flags_live);
+        Self::OPERAND
+    }
+
+    /// As `target_check`, but keeps the flags, and takes addresses of the other half for rare.
+    fn target_check_in_run(&mut self, rip: u64) {
+        let at = self.t.e.label();
+        self.t.e.store(layout::SAVE_RCX, 1);
+        self.t.e.load(1, layout::TARGET);
+        self.t.e.pext_frame(1, 1, layout::CANONICAL_MASK);
+        if self.view != crate::frame::View::User as usize {
+            let all_ones = Address {
+                base: Some(1),
+                index: None,
+                disp: -0x1ffff,
+            };
+            self.t.e.lea(1, all_ones, true);
+        }
+        self.t.e.jrcxz_over(|e| {
+            e.load(1, layout::SAVE_RCX);
+            e.jmp(at);
+        });
+        self.t.e.load(1, layout::SAVE_RCX);
+        self.t.cold.push(Cold::Interpret { at, rip });
     }
 
     /// Notes which JMP or RET leaves the block: no block is at a non-canonical target, so such a
@@ -336,6 +391,7 @@ impl Front<'_> {
         self.t.exits.push((
             Exit {
                 target,
+                plain: false,
                 patch_at: 0,
                 stub_at: 0,
                 linked: None,

@@ -66,6 +66,30 @@ impl Front<'_> {
                 let write = !matches!(u.access(), OpAccess::Read | OpAccess::CondRead);
                 (i.memory_size().size(), write)
             };
+            if d.stack
+                && let Some((at, _)) = super::stack::operand(&d.i)
+            {
+                let mut probe = i;
+                rewrite(&mut probe, &spilled, T0);
+                probe.set_segment_prefix(Register::None);
+                probe.set_memory_base(Register::R15);
+                probe.set_memory_index(Register::R11);
+                probe.set_memory_index_scale(1);
+                probe.set_memory_displacement64(at as u64);
+                probe.set_memory_displ_size(1);
+                let Some(encoded) = self.t.e.encode(&probe) else {
+                    return false;
+                };
+                self.in_run(0);
+                if let Some(&(g, _)) = spilled.first() {
+                    self.t.e.load(T0, gpr(g));
+                }
+                self.t.e.add(&encoded);
+                if let Some(&(g, true)) = spilled.first() {
+                    self.t.e.store(gpr(g), T0);
+                }
+                return true;
+            }
             // Encode first, so that a refusal leaves nothing behind.
             let mut probe = i;
             self.set_memory(&mut probe, op, !spilled.is_empty());

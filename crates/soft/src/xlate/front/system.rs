@@ -57,6 +57,11 @@ pub fn handles(i: &Instruction, m: u32) -> Option<System> {
 }
 
 impl System {
+    /// The interpreter may get to do it.
+    pub fn may_step(self) -> bool {
+        !matches!(self, System::Swapgs | System::Cld)
+    }
+
     /// The block ends with it.
     pub fn ends_block(self) -> bool {
         matches!(self, System::View(_) | System::Jump(_))
