@@ -50,6 +50,8 @@ pub struct TlbView {
     pub write: [u64; TLB_ENTRIES],
     /// Host address of the page's first byte; valid if either tag is.
     pub host: [u64; TLB_ENTRIES],
+    /// Host address less linear address; in the first level only.
+    pub delta: [u64; TLB_ENTRIES],
 }
 
 /// The tag that marks slot `n` empty.
@@ -62,8 +64,22 @@ pub const fn slot(lin: u64) -> usize {
     ((lin >> 12) as usize) & (TLB_ENTRIES - 1)
 }
 
+/// The tag of an empty slot of the second level.
+pub const NO_PAGE: u64 = 1;
+
+/// Slot of a linear address in the second level.
+pub const fn slot2(lin: u64) -> usize {
+    ((lin >> 12 ^ lin >> (12 + TLB_BITS)) as usize) & (TLB_ENTRIES - 1)
+}
+
 impl TlbView {
-    /// Empties every slot.
+    /// Empties every slot, of the second level.
+    pub fn flush2(&mut self) {
+        self.read.fill(NO_PAGE);
+        self.write.fill(NO_PAGE);
+    }
+
+    /// Empties every slot, of the first level.
     pub fn flush(&mut self) {
         for n in 0..TLB_ENTRIES {
             self.read[n] = empty_tag(n);
@@ -82,6 +98,10 @@ pub struct Frame {
     pub exit_request: AtomicU32,
     /// Soft TLBs by [`View`].
     pub tlb: [TlbView; VIEWS],
+    /// The second level of the soft TLBs: holds all that the first holds, in slots by another hash
+    /// ([`slot2`]), so that pages that displace each other in the first are found without a walk.
+    /// Read by the stub that a miss calls. Tags are compared for equality; empty = [`NO_PAGE`].
+    pub tlb2: [TlbView; VIEWS],
     /// What emitted code and its stubs keep for themselves.
     pub xlate: crate::xlate::FrameArea,
 }

@@ -7,6 +7,7 @@
 // UNSAFETY: copies to and from guest RAM through host addresses that `GuestMemory` bounds.
 #![allow(unsafe_code, reason = "the soft TLB holds host addresses of guest RAM")]
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use pyrite_mem::{GuestMemory, PAGE_CODE, PAGE_DIRTY_LOGGED, PAGE_SIZE, PAGE_WRITE_CACHED};
@@ -14,7 +15,7 @@ use pyrite_x86::bits::{cr0, cr4, rflags};
 use pyrite_x86::paging::{self, AccessKind, PageTables, PagingMode, Translation};
 
 use crate::exception::Exception;
-use crate::frame::{TLB_ENTRIES, TlbView, VIEWS, View, empty_tag, slot};
+use crate::frame::{NO_PAGE, TLB_ENTRIES, TlbView, VIEWS, View, empty_tag, slot, slot2};
 use crate::vcpu::SoftVcpu;
 
 /// On whose behalf memory is accessed.
@@ -78,15 +79,14 @@ enum Place {
 
 /// Side tables of the soft TLBs that emitted code does not read.
 pub struct TlbNotes {
-    /// Entry came from a global page.
-    global: [[bool; TLB_ENTRIES]; VIEWS],
-    /// log2 of the page size the entry came from.
-    shift: [[u8; TLB_ENTRIES]; VIEWS],
-    /// Some entry came from a large page.
-    any_large: bool,
-    /// Slots that may hold something, as (view, slot): non-global ones and global ones. A flush
-    /// touches only these.
+    /// Large pages that entries may have come from: page number and log2 of the size.
+    large: HashSet<(u64, u8)>,
+    /// Slots that may hold something, as (view, slot): non-global ones and global ones; those of
+    /// the second level have VIEWS added to the view. A flush touches only these.
     filled: [Vec<(u8, u16)>; 2],
+    /// What is in `filled`. Emitted code moves entries from the second level to the first, so what
+    /// a slot holds does not tell.
+    listed: [[[bool; TLB_ENTRIES]; 2 * VIEWS]; 2],
     /// Likewise for the fetch entries, as (user, slot).
     fetched: [Vec<(u8, u16)>; 2],
     fetch: [[FetchEntry; FETCH_ENTRIES]; 2],
@@ -125,9 +125,8 @@ const NO_FETCH: FetchEntry = FetchEntry {
 impl Default for TlbNotes {
     fn default() -> Self {
         TlbNotes {
-            global: [[false; TLB_ENTRIES]; VIEWS],
-            shift: [[12; TLB_ENTRIES]; VIEWS],
-            any_large: false,
+            listed: [[[false; TLB_ENTRIES]; 2 * VIEWS]; 2],
+            large: HashSet::new(),
             filled: [Vec::new(), Vec::new()],
             fetched: [Vec::new(), Vec::new()],
             fetch: [[NO_FETCH; FETCH_ENTRIES]; 2],
@@ -135,9 +134,24 @@ impl Default for TlbNotes {
     }
 }
 
+impl TlbNotes {
+    /// Notes that a slot may hold something from a global page, or from one that is not.
+    fn list(&mut self, global: bool, v: usize, n: usize) {
+        let k = usize::from(global);
+        if !std::mem::replace(&mut self.listed[k][v][n], true) {
+            self.filled[k].push((v as u8, n as u16));
+        }
+    }
+}
+
 fn clear_slot(t: &mut TlbView, n: usize) {
     t.read[n] = empty_tag(n);
     t.write[n] = empty_tag(n);
+}
+
+fn clear_slot2(t: &mut TlbView, n: usize) {
+    t.read[n] = NO_PAGE;
+    t.write[n] = NO_PAGE;
 }
 
 impl SoftVcpu {
@@ -183,6 +197,9 @@ impl SoftVcpu {
     /// Translates the byte at `lin` and fills the soft TLB when the page is plain RAM.
     /// With `Write`, the dirty log has been told; code pages are the caller's duty.
     fn locate(&mut self, lin: u64, kind: AccessKind, view: View) -> Result<Place, Exception> {
+        if let Some(place) = self.second_level(lin, kind, view) {
+            return Ok(place);
+        }
         let t = self.walk(lin, kind, view)?;
         let page_gpa = t.gpa & !(PAGE_SIZE - 1);
         let in_page = t.gpa & (PAGE_SIZE - 1);
@@ -223,20 +240,53 @@ impl SoftVcpu {
         let entry = &mut self.frame.tlb[v];
         let host = host as u64;
         let same = entry.read[n] == page && entry.host[n] == host;
-        let was_empty = entry.read[n] == empty_tag(n);
         entry.read[n] = page;
         entry.host[n] = host;
+        entry.delta[n] = host.wrapping_sub(page);
         if may_write {
             entry.write[n] = page;
         } else if !same {
             entry.write[n] = empty_tag(n);
         }
-        if was_empty || self.notes.global[v][n] != t.global {
-            self.notes.filled[usize::from(t.global)].push((v as u8, n as u16));
+        self.notes.list(t.global, v, n);
+        let write = self.frame.tlb[v].write[n];
+        let n2 = slot2(lin);
+        let second = &mut self.frame.tlb2[v];
+        self.notes.list(t.global, v + VIEWS, n2);
+        second.read[n2] = page;
+        second.host[n2] = host;
+        second.write[n2] = if write == page { page } else { NO_PAGE };
+        self.note_large(lin, t.page_shift);
+    }
+
+    fn note_large(&mut self, lin: u64, shift: u8) {
+        if shift > 12 {
+            self.notes.large.insert((lin >> shift, shift));
         }
-        self.notes.global[v][n] = t.global;
-        self.notes.shift[v][n] = t.page_shift;
-        self.notes.any_large |= t.page_shift > 12;
+    }
+
+    /// Serves an access from the second level, and puts the entry into the first.
+    fn second_level(&mut self, lin: u64, kind: AccessKind, view: View) -> Option<Place> {
+        let (v, n, n2) = (view as usize, slot(lin), slot2(lin));
+        let page = lin & !(PAGE_SIZE - 1);
+        let second = &self.frame.tlb2[v];
+        let found = match kind {
+            AccessKind::Read => second.read[n2] == page,
+            AccessKind::Write => second.write[n2] == page,
+            AccessKind::Execute => false,
+        };
+        if !found {
+            return None;
+        }
+        let (write, host) = (second.write[n2], second.host[n2]);
+        let first = &mut self.frame.tlb[v];
+        first.read[n] = page;
+        first.write[n] = if write == page { page } else { empty_tag(n) };
+        first.host[n] = host;
+        first.delta[n] = host.wrapping_sub(page);
+        let at = host + (lin & (PAGE_SIZE - 1));
+        let off = at - self.vm.memory.host_base() as u64;
+        Some(Place::Ram(at as *mut u8, off))
     }
 
     fn has_data_breakpoint(&self, lin: u64) -> bool {
@@ -451,7 +501,7 @@ impl SoftVcpu {
         }
         let view = if user { View::User } else { View::Supervisor };
         let t = self.walk(lin, AccessKind::Execute, view)?;
-        self.notes.any_large |= t.page_shift > 12;
+        self.note_large(lin, t.page_shift);
         if e.tag == NO_FETCH.tag || e.global != t.global {
             self.notes.fetched[usize::from(t.global)].push((u8::from(user), n as u16));
         }
@@ -542,15 +592,18 @@ impl SoftVcpu {
     /// Empties the soft TLBs: MOV to CR3 (`keep_global`), changes of CR0, CR4, EFER, INVPCID.
     pub fn flush_tlb(&mut self, keep_global: bool) {
         self.stats.tlb_flushes += 1;
-        self.frame.xlate.forget_stack();
         let lists = if keep_global { 1 } else { 2 };
         for k in 0..lists {
-            // A slot may be in both lists, and twice in one; what it holds now decides.
+            // A slot may be in both lists, and twice in one. What the first level holds may have
+            // come from the second, so all slots of the list go.
             let mut filled = std::mem::take(&mut self.notes.filled[k]);
             for (v, n) in filled.drain(..) {
                 let (v, n) = (usize::from(v), usize::from(n));
-                if !keep_global || !self.notes.global[v][n] {
+                self.notes.listed[k][v][n] = false;
+                if v < VIEWS {
                     clear_slot(&mut self.frame.tlb[v], n);
+                } else {
+                    clear_slot2(&mut self.frame.tlb2[v - VIEWS], n);
                 }
             }
             self.notes.filled[k] = filled;
@@ -564,53 +617,46 @@ impl SoftVcpu {
             self.notes.fetched[k] = fetched;
         }
         if !keep_global {
-            self.notes.any_large = false;
+            self.notes.large.clear();
         }
         crate::xlate::forget_code_pages(self, keep_global);
     }
 
     /// INVLPG: drops what is cached for the page around `lin`, large pages included.
     pub fn flush_page(&mut self, lin: u64) {
-        self.frame.xlate.forget_stack();
-        let large = self.notes.any_large;
-        let hit = |tag: u64, shift: u8| tag & 0xfff == 0 && (tag ^ lin) >> shift == 0;
+        // A part of a large page goes with all of it; that is rare enough to drop everything.
+        let sizes = [21, 22, 30];
+        if (sizes.iter()).any(|&shift| self.notes.large.contains(&(lin >> shift, shift))) {
+            self.flush_tlb(false);
+            return;
+        }
+        let page = lin & !(PAGE_SIZE - 1);
         for v in 0..VIEWS {
-            let range = if large {
-                0..TLB_ENTRIES
-            } else {
-                slot(lin)..slot(lin) + 1
-            };
-            for n in range {
-                if hit(self.frame.tlb[v].read[n], self.notes.shift[v][n]) {
-                    clear_slot(&mut self.frame.tlb[v], n);
-                }
+            if self.frame.tlb[v].read[slot(lin)] == page {
+                clear_slot(&mut self.frame.tlb[v], slot(lin));
+            }
+            if self.frame.tlb2[v].read[slot2(lin)] == page {
+                clear_slot2(&mut self.frame.tlb2[v], slot2(lin));
             }
         }
         for side in &mut self.notes.fetch {
-            for e in side.iter_mut().filter(|e| hit(e.tag, e.shift)) {
+            for e in side.iter_mut().filter(|e| e.tag == page) {
                 *e = NO_FETCH;
             }
         }
         crate::xlate::forget_code_page(self, lin);
         // LIMIT: INVLPG in a loop refills slots that are in the lists already.
-        let listed = self
-            .notes
-            .filled
-            .iter()
-            .chain(&self.notes.fetched)
-            .map(Vec::len)
-            .sum::<usize>();
-        if listed > 8 * VIEWS * TLB_ENTRIES {
+        if self.notes.fetched.iter().map(Vec::len).sum::<usize>() > 16 * FETCH_ENTRIES {
             self.flush_tlb(false);
         }
     }
 
     /// Drops all write permission (dirty logging begins a round).
     pub fn drop_write_entries(&mut self) {
-        self.frame.xlate.forget_stack();
         for v in 0..VIEWS {
             for n in 0..TLB_ENTRIES {
                 self.frame.tlb[v].write[n] = empty_tag(n);
+                self.frame.tlb2[v].write[n] = NO_PAGE;
             }
         }
     }

@@ -133,6 +133,9 @@ impl SoftVcpu {
         for t in &mut frame.tlb {
             t.flush();
         }
+        for t in &mut frame.tlb2 {
+            t.flush2();
+        }
         let xlate = xlate::Translator::new(&vm, &mut frame)?;
         let interp = interp::Interp::new(&vm.cpuid)?;
         let mut v = SoftVcpu {
@@ -266,7 +269,6 @@ impl SoftVcpu {
                     ("interpreted", Inspect::Uint(x.interpreted)),
                     ("slow-memory", Inspect::Uint(x.slow_memory)),
                     ("signals", Inspect::Uint(x.signals)),
-                    ("stack-windows", Inspect::Uint(x.stack_windows)),
                     ("stale-pages", Inspect::Uint(x.stale_pages)),
                     ("cache-bytes", Inspect::Uint(cache as u64)),
                 ]),

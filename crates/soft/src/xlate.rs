@@ -38,7 +38,7 @@ use self::front::{Front, HostFeatures, Place, Tools};
 pub use self::layout::FrameArea;
 use self::layout::{JC_MASK, jump_slot, reason};
 use crate::exception::Trap;
-use crate::frame::{Frame, TLB_ENTRIES, View, empty_tag};
+use crate::frame::{Frame, NO_PAGE, TLB_ENTRIES, View, empty_tag};
 use crate::interp;
 use crate::mmu::Priv;
 use crate::vcpu::{FrameRef, SoftVcpu};
@@ -108,8 +108,6 @@ pub struct XlateStats {
     pub interpreted: u64,
     pub slow_memory: u64,
     pub signals: u64,
-    /// Checks of runs of stack accesses that failed.
-    pub stack_windows: u64,
     pub stale_pages: u64,
 }
 
@@ -151,7 +149,6 @@ impl Translator {
         x.stub_miss = stubs::miss as *const () as u64;
         x.stub_stack = stubs::stack as *const () as u64;
         x.canonical_mask = !0 << 47;
-        x.forget_stack();
         x.stub_slow = stubs::slow as *const () as u64;
         x.stub_step = stubs::step as *const () as u64;
         x.stub_step_jump = stubs::step_jump as *const () as u64;
@@ -324,30 +321,6 @@ unsafe extern "sysv64" fn slow_memory(frame: *mut Frame, lin: u64, desc: u32) ->
     }
     v.frame.xlate.reason = reason::INTERPRET;
     1
-}
-
-/// Called by the stack stub when a run's check has failed. 0 = the window serves it now, 1 = the
-/// run cannot be served.
-unsafe extern "sysv64" fn stack_window(frame: *mut Frame, lin: u64, desc: u32) -> u32 {
-    // SAFETY: as in `slow_memory`.
-    let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
-    v.xlate.stats.stack_windows += 1;
-    let len = (desc & 0xff) as usize;
-    let view = match desc >> 16 & 3 {
-        0 => View::Supervisor,
-        1 => View::SupervisorSmap,
-        _ => View::User,
-    };
-    if !v.canonical(lin) || (lin & (PAGE_SIZE - 1)) as usize + len > PAGE_SIZE as usize {
-        return 1;
-    }
-    // Only what has been written already: a run may end before its first store.
-    let Some(p) = v.hit(lin, len, view, true) else {
-        return 1;
-    };
-    v.frame.xlate.stack_page[view as usize] = lin & !(PAGE_SIZE - 1);
-    v.frame.xlate.stack_delta[view as usize] = (p as u64).wrapping_sub(lin);
-    0
 }
 
 /// Called by the step stub: interprets the instruction at RIP. 0 = the block goes on, 1 = leave.
@@ -835,7 +808,13 @@ fn protect(v: &mut SoftVcpu, page_off: u64) {
                     }
                 }
             }
-            frame.xlate.forget_stack();
+            for t in &mut frame.tlb2 {
+                for n in 0..TLB_ENTRIES {
+                    if t.host[n] == host {
+                        t.write[n] = NO_PAGE;
+                    }
+                }
+            }
         }
         flags.fetch_and(!PAGE_WRITE_CACHED, Ordering::SeqCst);
     });

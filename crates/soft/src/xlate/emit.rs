@@ -211,10 +211,6 @@ impl Emitter {
     pub fn xor_frame32(&mut self, reg: u8, disp: usize) {
         self.frame_op(0x33, false, reg, disp);
     }
-    /// `xor reg, [frame + disp]` (64 bit).
-    pub fn xor_frame(&mut self, reg: u8, disp: usize) {
-        self.frame_op(0x33, true, reg, disp);
-    }
     /// `or a, b` (64 bit).
     pub fn or(&mut self, a: u8, b: u8) {
         self.bytes(&[Self::rex(true, b, 0, a), 0x09, 0xc0 | (b & 7) << 3 | a & 7]);

@@ -103,7 +103,7 @@ enum Cold {
         rip: u64,
         shadow: bool,
     },
-    /// A run's check failed: fill the stack window, or go on without runs.
+    /// A run's check failed: look in the second level, or go on without runs.
     Stack {
         at: Label,
         retry: Label,
@@ -191,6 +191,8 @@ pub struct Front<'a> {
     host: HostFeatures,
     first_exit: u32,
     fpu_ready: bool,
+    /// T1 holds what `FrameArea::run_delta` does.
+    t1_delta: bool,
     code64: bool,
     view: usize,
 }
@@ -261,6 +263,7 @@ impl<'a> Front<'a> {
             host,
             first_exit,
             fpu_ready: false,
+            t1_delta: false,
             code64: key.mode & mode::CODE64 != 0,
             view: (key.mode & mode::VIEW) as usize,
         };
@@ -460,8 +463,6 @@ impl<'a> Front<'a> {
                 | Mnemonic::Clflushopt
                 | Mnemonic::Clwb
                 | Mnemonic::Clzero
-                | Mnemonic::Ldmxcsr
-                | Mnemonic::Vldmxcsr
                 | Mnemonic::Salc
                 // The interpreter knows how to get good ones from every processor.
                 | Mnemonic::Rdseed
@@ -649,6 +650,7 @@ impl<'a> Front<'a> {
             return true;
         }
         if flags::handles(i, self.key.mode) {
+            self.t1_delta = false;
             self.flag_insn(d);
             return false;
         }
@@ -684,6 +686,7 @@ impl<'a> Front<'a> {
 
     /// What `stubs::step` needs to know.
     fn prepare_step(&mut self, i: &Instruction) {
+        self.t1_delta = false;
         let next = self.wrap_ip(i.next_ip());
         self.t.e.store_imm64(layout::RIP, i.ip(), T0);
         self.t.e.store_imm64(layout::EXPECTED, next, T0);
@@ -704,6 +707,7 @@ impl<'a> Front<'a> {
         if std::mem::replace(&mut self.fpu_ready, true) {
             return;
         }
+        self.t1_delta = false;
         if flags_live {
             self.t.e.store(layout::SAVE_RCX, 1);
             self.t.e.load32(1, layout::FPU_LIVE);
@@ -799,7 +803,7 @@ impl<'a> Front<'a> {
                     };
                     self.t.e.lea(T0, first, true);
                     self.t.e.mov_imm(T1, u64::from(desc));
-                    // Comes back after the first jump if the window cannot serve the run.
+                    // Comes back after the first jump if that cannot serve the run.
                     self.t.e.call_frame(layout::STUB_STACK);
                     self.t.e.jmp(retry);
                     if desc & crate::xlate::stubs::DESC_FLAGS_SAVED != 0 {

@@ -25,14 +25,6 @@ pub const fn jump_slot(rip: u64) -> usize {
     (rip.wrapping_add(rip.rotate_right(JC_BITS)) & JC_MASK) as usize
 }
 
-impl FrameArea {
-    /// Empties the stack windows.
-    pub fn forget_stack(&mut self) {
-        self.stack_page = [NO_STACK; VIEWS];
-        self.stack_delta = [0; VIEWS];
-    }
-}
-
 /// What emitted code and its stubs keep for themselves in the [`Frame`].
 #[repr(C)]
 pub struct FrameArea {
@@ -80,10 +72,8 @@ pub struct FrameArea {
     pub stub_stack: u64,
     /// Addresses of the paths of `fast.rs`, by [`super::fast::Path`].
     pub fast: [u64; super::fast::PATHS],
-    /// The stack window: by view, a writable page on which the stack was last.
-    pub stack_page: [u64; VIEWS],
-    /// Host address less linear address of the stack window.
-    pub stack_delta: [u64; VIEWS],
+    /// Host address less linear address, for the accesses of a run.
+    pub run_delta: u64,
     /// PEXT mask of the bits that are equal in a canonical address.
     pub canonical_mask: u64,
     /// Where the VM's TSC offset is, an `AtomicI64`.
@@ -136,17 +126,7 @@ pub const XSAVE: usize = C + offset_of!(CpuState, xsave);
 pub const fn fast(path: super::fast::Path) -> usize {
     X + offset_of!(FrameArea, fast) + 8 * path as usize
 }
-/// An empty stack window: no canonical address is in it, and a non-canonical address that is
-/// faults, because the delta is 0.
-pub const NO_STACK: u64 = 1 << 63;
-/// Offset of a view's stack window.
-pub const fn stack_page(view: usize) -> usize {
-    X + offset_of!(FrameArea, stack_page) + 8 * view
-}
-/// See [`stack_page`].
-pub const fn stack_delta(view: usize) -> usize {
-    X + offset_of!(FrameArea, stack_delta) + 8 * view
-}
+pub const RUN_DELTA: usize = X + offset_of!(FrameArea, run_delta);
 pub const CANONICAL_MASK: usize = X + offset_of!(FrameArea, canonical_mask);
 pub const STUB_STACK: usize = X + offset_of!(FrameArea, stub_stack);
 pub const TSC_OFFSET_AT: usize = X + offset_of!(FrameArea, tsc_offset_at);
@@ -171,6 +151,10 @@ pub const fn seg_selector(n: usize) -> usize {
 pub const fn tlb(view: usize) -> usize {
     offset_of!(Frame, tlb) + view * size_of::<TlbView>()
 }
+/// Offset of the second level of the soft TLBs.
+pub const TLB2: usize = offset_of!(Frame, tlb2);
+/// Size of a soft TLB of a view.
+pub const TLB_SIZE: usize = size_of::<TlbView>();
 /// Offsets in a soft TLB.
 pub const TLB_READ: usize = offset_of!(TlbView, read);
 /// See [`TLB_READ`].
@@ -223,6 +207,12 @@ pub const fn tlb_read(view: usize) -> usize {
 pub const fn tlb_write(view: usize) -> usize {
     offset_of!(Frame, tlb) + view * size_of::<TlbView>() + offset_of!(TlbView, write)
 }
+/// Offset of a view's distances between host and linear addresses.
+pub const fn tlb_delta(view: usize) -> usize {
+    offset_of!(Frame, tlb) + view * size_of::<TlbView>() + offset_of!(TlbView, delta)
+}
+/// See [`TLB_READ`].
+pub const TLB_DELTA: usize = offset_of!(TlbView, delta);
 /// Offset of a view's host addresses.
 pub const fn tlb_host(view: usize) -> usize {
     offset_of!(Frame, tlb) + view * size_of::<TlbView>() + offset_of!(TlbView, host)

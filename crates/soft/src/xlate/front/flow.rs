@@ -83,6 +83,7 @@ impl Front<'_> {
         if a.index != Some((T0, 0)) {
             return a;
         }
+        self.t1_delta = false;
         self.t.e.lea(T1, a, true);
         Address {
             base: Some(T1),

@@ -121,6 +121,7 @@ impl Front<'_> {
         let Some(encoded) = self.t.e.encode(&probe) else {
             return false;
         };
+        self.t1_delta &= spilled.len() < 2;
         for (n, &(g, _)) in spilled.iter().enumerate() {
             self.t.e.load(if n == 0 { T0 } else { T1 }, gpr(g));
         }
@@ -207,6 +208,7 @@ impl Front<'_> {
                 let h = match host_reg(g) {
                     Some(h) => h,
                     None => {
+                        self.t1_delta = false;
                         self.t.e.load(T1, gpr(g));
                         T1
                     }
@@ -221,6 +223,7 @@ impl Front<'_> {
             _ => None,
         };
         if with_segment && let Some(s) = seg {
+            self.t1_delta = false;
             self.t.e.load(T1, layout::seg_base(s));
             let a = Address {
                 base: Some(dst),
@@ -247,6 +250,7 @@ impl Front<'_> {
         flags_live: bool,
         address: impl FnOnce(&mut Self),
     ) {
+        self.t1_delta = false;
         if flags_live {
             self.t.e.save_flags();
         }

@@ -1,16 +1,16 @@
 //! Runs of stack accesses: one check for many.
 //!
 //! Most blocks touch the stack more than once, and always through RSP, which changes by constants.
-//! Such accesses form a run. The run is checked once: all its bytes must be in the page that the
-//! frame's stack window names, which is writable. Then each access is the guest's own, with the
-//! window's distance between host and guest addresses added. The check clobbers flags and so goes
-//! to a place at or before the first access where they are dead, if there is one.
+//! Such accesses form a run. The run is checked once, in the soft TLB: all its bytes must be in one
+//! writable page. Then each access is the guest's own, with the distance between host and linear
+//! addresses added. The check clobbers flags and so goes to a place at or before the first access
+//! where they are dead, if there is one.
 //!
 //! If the check fails because the bytes are in two pages, or may not be written, the block goes
 //! on, at the instruction before which the check stands, in a variant without runs ([`PLAIN`]).
 //!
-//! The window is emptied with the soft TLB. That cannot happen between a check and its accesses:
-//! an instruction that the interpreter does ends a run.
+//! The soft TLB cannot change between a check and its accesses in a way that matters: an
+//! instruction that the interpreter does ends a run.
 //!
 //! [`PLAIN`]: crate::xlate::mode
 
@@ -211,7 +211,7 @@ impl Front<'_> {
     ) {
         let Some(r) = run.take() else { return };
         let from = (*segment).max(r.first.saturating_sub(EARLIER_MAX));
-        // There is one window: the next check may move it only when this run is done with it.
+        // There is one place for the distance: the next check may use it when this run has ended.
         *segment = r.last + 1;
         let before = (from..=r.first)
             .rev()
@@ -237,10 +237,14 @@ impl Front<'_> {
             disp: c.disp,
         };
         self.t.e.lea(T0, first, true);
-        self.t.e.xor_frame(T0, layout::stack_page(self.view));
+        self.t.e.pext_frame(T1, T0, layout::TLB_MASK);
+        self.t.e.table_op(0x33, T0, layout::tlb_write(self.view));
         self.t.e.cmp_imm(T0, 4096 - c.span as i32);
         let at = self.t.e.label();
         self.t.e.jcc(7, at);
+        self.t.e.table_op(0x8b, T1, layout::tlb_delta(self.view));
+        self.t.e.store(layout::RUN_DELTA, T1);
+        self.t1_delta = true;
         if flags_live {
             self.t.e.restore_flags();
         }
@@ -263,7 +267,9 @@ impl Front<'_> {
 
     /// The stack operand at `disp` from RSP, of an instruction in a run. Uses T1.
     pub(super) fn in_run(&mut self, disp: i32) -> Address {
-        self.t.e.load(T1, layout::stack_delta(self.view));
+        if !std::mem::replace(&mut self.t1_delta, true) {
+            self.t.e.load(T1, layout::RUN_DELTA);
+        }
         Address {
             base: Some(HOST_SP),
             index: Some((T1, 0)),

@@ -71,6 +71,7 @@ impl System {
 impl Front<'_> {
     pub(super) fn system(&mut self, i: &Instruction, what: System, flags_live: bool) {
         let next = self.wrap_ip(i.next_ip());
+        self.t1_delta = false;
         match what {
             System::Call(path) => {
                 self.prepare_step(i);
