@@ -259,6 +259,7 @@ impl SoftVcpu {
                 "translator",
                 Inspect::node([
                     ("blocks", Inspect::Uint(x.blocks)),
+                    ("moved-blocks", Inspect::Uint(x.moved)),
                     ("guest-instructions", Inspect::Uint(x.guest_insns)),
                     ("enters", Inspect::Uint(x.enters)),
                     ("lookups", Inspect::Uint(x.lookups)),

@@ -45,6 +45,8 @@ pub struct SoftOptions {
     pub link: bool,
     /// Check runs of accesses once.
     pub share_checks: bool,
+    /// Copy translations for the same code at another address.
+    pub move_blocks: bool,
     /// Most guest instructions of a block.
     pub block_insns_max: usize,
     /// Keep even flags exact that no later instruction reads, at every memory access.
@@ -61,6 +63,7 @@ impl Default for SoftOptions {
             translate: true,
             link: true,
             share_checks: true,
+            move_blocks: true,
             block_insns_max: 64,
             precise_flags: false,
             code_cache_bytes: 64 << 20,

@@ -22,6 +22,7 @@ mod emit;
 pub mod fast;
 mod front;
 mod layout;
+mod moved;
 mod stubs;
 
 use std::cell::Cell;
@@ -32,7 +33,7 @@ use pyrite_mem::{GuestMemory, PAGE_CODE, PAGE_SIZE, PAGE_WRITE_CACHED};
 use pyrite_x86::bits::{cr0, cr4, efer, rflags};
 use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
-use self::cache::{BlockKey, Cache};
+use self::cache::{Block, BlockKey, Cache, Exit};
 use self::code_tlb::{CodeTlb, PageCheck};
 use self::front::{Front, HostFeatures, Place, Tools};
 pub use self::layout::FrameArea;
@@ -95,6 +96,8 @@ fn parts(at: u64, len: usize) -> u64 {
 #[allow(missing_docs, reason = "named by what they count")]
 pub struct XlateStats {
     pub blocks: u64,
+    /// Blocks copied from another RIP instead of being translated.
+    pub moved: u64,
     pub guest_insns: u64,
     pub enters: u64,
     pub lookups: u64,
@@ -120,6 +123,8 @@ pub struct Translator {
     code_tlb: CodeTlb,
     /// [`mode::UNITS`] that the code TLB's content is for.
     units: u32,
+    /// Buffer for blocks that are moved.
+    moving: Vec<u8>,
     /// What an instruction interpreted in place ended with.
     trap: Option<Trap>,
     /// Blocks that must poll at their entry because a backward jump leads there.
@@ -167,6 +172,7 @@ impl Translator {
             },
             code_tlb: CodeTlb::default(),
             units: 0,
+            moving: Vec::new(),
             trap: None,
             must_poll: std::collections::HashSet::new(),
             stats: XlateStats::default(),
@@ -730,18 +736,28 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     let start = v.xlate.cache.free_at();
     let base = v.xlate.cache.base() + start as u64;
     let first_exit = v.xlate.cache.exits.len() as u32;
+    let place = Place {
+        key,
+        base,
+        first_exit,
+        force_poll,
+        page,
+        second: second_check,
+    };
+    if user
+        && !force_poll
+        && second.is_none()
+        && key.mode & mode::CODE64 != 0
+        && vm.options.move_blocks
+        && let Some(id) = move_block(v, &place, page_off)
+    {
+        return Some(id);
+    }
     let interp = &v.interp;
     let mut t = Front::translate(
         &mut v.xlate.tools,
         bytes,
-        Place {
-            key,
-            base,
-            first_exit,
-            force_poll,
-            page,
-            second: second_check,
-        },
+        place,
         &|i| interp.allows(i),
         &vm.options,
         v.xlate.host,
@@ -768,23 +784,60 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     if !v.xlate.cache.fits(t.code.len()) {
         return None;
     }
-    let start = start as u32;
-    t.block.start = start;
-    t.block.end += start;
-    t.block.entry += start;
-    t.block.checked_entry += start;
-    t.block.far_entry += start;
     v.xlate.stats.blocks += 1;
     v.xlate.stats.guest_insns += u64::from(t.block.insns);
-    v.xlate.cache.append(t.code);
-    let id = v.xlate.cache.insert(t.block);
-    for mut x in t.exits {
+    Some(add(&mut v.xlate.cache, t.code, t.block, t.exits))
+}
+
+/// Adds a block, whose offsets are relative to its first byte, to the cache.
+fn add(
+    cache: &mut Cache,
+    code: &[u8],
+    mut block: Block,
+    exits: impl IntoIterator<Item = Exit>,
+) -> u32 {
+    let start = cache.free_at() as u32;
+    block.start = start;
+    block.end += start;
+    block.entry += start;
+    block.checked_entry += start;
+    block.far_entry += start;
+    cache.append(code);
+    let id = cache.insert(block);
+    for mut x in exits {
         x.patch_at += start;
         x.stub_at += start;
         x.owner = id;
-        v.xlate.cache.exits.push(x);
+        cache.exits.push(x);
     }
-    Some(id)
+    id
+}
+
+/// Serves a key by copying the translation of the same code at another RIP, if there is one.
+fn move_block(v: &mut SoftVcpu, place: &Place, page_off: u64) -> Option<u32> {
+    let id = v.xlate.cache.movable(&place.key)?;
+    let mut code = std::mem::take(&mut v.xlate.moving);
+    let target = moved::Target {
+        key: place.key,
+        base: place.base,
+        first_exit: place.first_exit,
+        page: place.page,
+    };
+    let copied = moved::copy(&v.xlate.cache, id, &target, &mut code);
+    let done = copied.and_then(|(block, exits)| {
+        // The old block lives, so the code is unchanged, or the news is on its way to both. The
+        // marks may be gone in the latter case.
+        let at = place.key.gpa & (PAGE_SIZE - 1);
+        let marks = v.vm.code_map.page(page_off)?;
+        marks.fetch_or(parts(at, block.guest_len as usize), Ordering::SeqCst);
+        if !v.xlate.cache.fits(code.len()) {
+            return None;
+        }
+        v.xlate.stats.moved += 1;
+        Some(add(&mut v.xlate.cache, &code, block, exits))
+    });
+    v.xlate.moving = code;
+    done
 }
 
 /// Marks a page as holding translated code and takes write entries for it out of all soft TLBs.

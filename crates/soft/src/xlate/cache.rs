@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use super::code_tlb::PageCheck;
+use super::emit::Reloc;
 
 /// What makes a translation reusable: where the code is, how it is addressed, in which mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,6 +72,11 @@ pub struct Block {
     pub polls: bool,
     /// Bytes that the RET that ends it takes from the stack; 0 if something else does.
     pub pops: u32,
+    /// What to change for the same code at another RIP; `None` if that does not do.
+    pub relocs: Option<Box<[Reloc]>>,
+    /// Its exits in `Cache::exits`.
+    pub first_exit: u32,
+    pub exits: u32,
     pub dead: bool,
 }
 
@@ -109,6 +115,8 @@ pub struct Cache {
     pub exits: Vec<Exit>,
     by_key: AddrMap<BlockKey, u32>,
     by_page: AddrMap<u64, Vec<u32>>,
+    /// The latest block made from the code at a guest-physical address in a mode, whatever its RIP.
+    by_place: AddrMap<(u64, u32), u32>,
     /// How often everything was dropped.
     pub flushes: u64,
 }
@@ -149,6 +157,7 @@ impl Cache {
                 exits: Vec::new(),
                 by_key: AddrMap::default(),
                 by_page: AddrMap::default(),
+                by_place: AddrMap::default(),
                 flushes: 0,
             })
         }
@@ -196,10 +205,29 @@ impl Cache {
         self.by_key.get(key).copied()
     }
 
+    /// A block made from the same code in the same mode, at whatever RIP, that can be moved.
+    pub fn movable(&self, key: &BlockKey) -> Option<u32> {
+        let id = self.by_place.get(&(key.gpa, key.mode)).copied()?;
+        (!self.blocks[id as usize].dead).then_some(id)
+    }
+
+    /// The code of a block.
+    pub fn code(&self, id: u32) -> &[u8] {
+        let b = &self.blocks[id as usize];
+        let (start, end) = (b.start as usize, b.end as usize);
+        assert!(start <= end && end <= self.used);
+        // SAFETY: bounds asserted; nothing writes while the reference lives, because that takes
+        // `&mut self`.
+        unsafe { std::slice::from_raw_parts(self.rw.add(start), end - start) }
+    }
+
     /// Adds a block whose code was appended.
     pub fn insert(&mut self, block: Block) -> u32 {
         let id = self.blocks.len() as u32;
         self.by_key.insert(block.key, id);
+        if block.relocs.is_some() {
+            self.by_place.insert((block.key.gpa, block.key.mode), id);
+        }
         let second = block.second.map(|(gpa, _)| gpa);
         for page in [Some(block.key.gpa & !0xfff), second].into_iter().flatten() {
             self.by_page.entry(page).or_default().push(id);
@@ -261,6 +289,7 @@ impl Cache {
         self.exits.clear();
         self.by_key.clear();
         self.by_page.clear();
+        self.by_place.clear();
         self.flushes += 1;
     }
 

@@ -11,6 +11,31 @@ pub const T0: u8 = 10;
 pub const T1: u8 = 11;
 const RSP: u8 = 4;
 
+/// What a constant in emitted code depends on besides the guest's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Depends {
+    /// 64 bits: the block's RIP plus something.
+    Rip,
+    /// 64 bits: something less the block's RIP.
+    NegRip,
+    /// 32 bits: the number of an exit.
+    Exit,
+    /// 32 bits: the offset of the code-TLB slot of the block's page.
+    CodeSlot,
+    /// 32 bits: the low half of a host address in the block.
+    Host,
+}
+
+/// Where such a constant is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reloc {
+    /// Offset of the constant from the block's first byte.
+    pub at: u16,
+    /// What it is.
+    pub depends: Depends,
+}
+
 /// A position in the code that jumps may name before it is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label(usize);
@@ -22,6 +47,10 @@ pub struct Emitter {
     base: u64,
     labels: Vec<Option<usize>>,
     fixups: Vec<(usize, Label)>,
+    /// Constants that change when the block is wanted at another RIP.
+    pub relocs: Vec<Reloc>,
+    /// The block cannot serve another RIP by changing those.
+    pub fixed: bool,
 }
 
 /// One encoded instruction.
@@ -51,6 +80,8 @@ impl Emitter {
             base: 0,
             labels: Vec::new(),
             fixups: Vec::new(),
+            relocs: Vec::new(),
+            fixed: false,
         }
     }
 
@@ -59,6 +90,8 @@ impl Emitter {
         self.code.clear();
         self.labels.clear();
         self.fixups.clear();
+        self.relocs.clear();
+        self.fixed = false;
         self.base = base;
     }
 
@@ -165,6 +198,48 @@ impl Emitter {
         self.bytes(&[0xc7, 0x84, 0x24]);
         self.u32(disp as u32);
         self.u32(imm);
+    }
+    /// Notes that the constant that ends `back` bytes before the end depends on something.
+    fn note(&mut self, bytes: usize, back: usize, depends: Depends) {
+        match u16::try_from(self.code.len() - back - bytes) {
+            Ok(at) => self.relocs.push(Reloc { at, depends }),
+            Err(_) => self.fixed = true,
+        }
+    }
+    /// [`Emitter::mov_imm`] of a value that is the block's RIP plus something, or something less it.
+    pub fn mov_rip(&mut self, reg: u8, value: u64, depends: Depends) {
+        let before = self.code.len();
+        self.mov_imm(reg, value);
+        if self.code.len() - before == 10 {
+            self.note(8, 0, depends);
+        } else {
+            self.fixed = true;
+        }
+    }
+    /// Stores the block's RIP plus something in the frame; may use `scratch`.
+    pub fn store_rip(&mut self, disp: usize, value: u64, scratch: u8) {
+        if i32::try_from(value as i64).is_ok() {
+            self.fixed = true;
+            self.store_imm64(disp, value, scratch);
+        } else {
+            self.mov_rip(scratch, value, Depends::Rip);
+            self.store(disp, scratch);
+        }
+    }
+    /// `mov dword [frame + disp], imm`, where the constant depends on something.
+    pub fn store_dependent(&mut self, disp: usize, imm: u32, depends: Depends) {
+        self.store_imm32(disp, imm);
+        self.note(4, 0, depends);
+    }
+    /// `mov reg32, [frame + disp]` of a code-TLB slot.
+    pub fn load_code_slot(&mut self, reg: u8, disp: usize) {
+        self.load32(reg, disp);
+        self.note(4, 0, Depends::CodeSlot);
+    }
+    /// `cmp dword [frame + disp], imm` of a code-TLB slot.
+    pub fn cmp_code_slot(&mut self, disp: usize, imm: u32) {
+        self.cmp_frame32(disp, imm);
+        self.note(4, 4, Depends::CodeSlot);
     }
     /// Stores a 64-bit constant in the frame; may use `scratch`.
     pub fn store_imm64(&mut self, disp: usize, imm: u64, scratch: u8) {

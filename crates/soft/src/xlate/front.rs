@@ -31,7 +31,7 @@ use self::classify::{
 };
 use super::cache::{Block, BlockKey, Exit};
 use super::code_tlb::PageCheck;
-use super::emit::{Address, Emitter, Label, T0, T1};
+use super::emit::{Address, Depends, Emitter, Label, T0, T1};
 use super::layout::{self, reason};
 use super::mode;
 use crate::interp::is_exchange;
@@ -319,6 +319,13 @@ impl<'a> Front<'a> {
             incoming: Vec::new(),
             interpret_first: list.is_empty(),
             polls,
+            relocs: if second.is_some() || f.t.e.fixed {
+                None
+            } else {
+                Some(f.t.e.relocs.as_slice().into())
+            },
+            first_exit,
+            exits: f.t.exits.len() as u32,
             pops: match list.last() {
                 Some(d) if d.i.mnemonic() == Mnemonic::Ret => d.i.stack_pointer_increment() as u32,
                 _ => 0,
@@ -571,7 +578,7 @@ impl<'a> Front<'a> {
         let checked = self.t.e.here();
         let lost = self.t.e.label();
         self.t.e.mov(T1, 1, true);
-        self.t.e.mov_imm(1, rip.wrapping_neg());
+        self.t.e.mov_rip(1, rip.wrapping_neg(), Depends::NegRip);
         self.t.e.lea(1, diff(Some((T0, 0)), 0), true);
         self.t.e.jrcxz_over(|e| e.jmp(lost));
         self.t.e.mov(1, T1, true);
@@ -582,7 +589,7 @@ impl<'a> Front<'a> {
             self.t.e.mov(T1, 1, true);
             self.t.e.load32(T0, layout::EXIT_REQUEST);
             for p in pages {
-                self.t.e.load32(1, layout::code_tlb(p.slot));
+                self.t.e.load_code_slot(1, layout::code_tlb(p.slot));
                 self.t
                     .e
                     .lea(1, diff(Some((T0, 0)), p.value.wrapping_neg()), false);
@@ -596,7 +603,7 @@ impl<'a> Front<'a> {
             });
         } else {
             for p in pages {
-                self.t.e.cmp_frame32(layout::code_tlb(p.slot), p.value);
+                self.t.e.cmp_code_slot(layout::code_tlb(p.slot), p.value);
                 self.t.e.jcc(5, moved);
             }
             self.t.cold.push(Cold::Moved {
@@ -673,7 +680,7 @@ impl<'a> Front<'a> {
 
     /// Leaves for the interpreter at `rip`.
     fn interpret_at(&mut self, rip: u64) {
-        self.t.e.store_imm64(layout::RIP, rip, T0);
+        self.t.e.store_rip(layout::RIP, rip, T0);
         self.t.e.store_imm32(layout::REASON, reason::INTERPRET);
         self.t.e.jmp_frame(layout::STUB_EXIT);
     }
@@ -688,8 +695,8 @@ impl<'a> Front<'a> {
     fn prepare_step(&mut self, i: &Instruction) {
         self.t1_delta = false;
         let next = self.wrap_ip(i.next_ip());
-        self.t.e.store_imm64(layout::RIP, i.ip(), T0);
-        self.t.e.store_imm64(layout::EXPECTED, next, T0);
+        self.t.e.store_rip(layout::RIP, i.ip(), T0);
+        self.t.e.store_rip(layout::EXPECTED, next, T0);
         self.t
             .e
             .store_imm32(layout::MODE, self.key.mode & !mode::PLAIN);
@@ -698,7 +705,7 @@ impl<'a> Front<'a> {
     /// Has the interpreter do an instruction that changes RIP or the mode, and goes on where that
     /// leads, if the jump cache knows the place.
     fn interpret_and_jump(&mut self, rip: u64) {
-        self.t.e.store_imm64(layout::RIP, rip, T0);
+        self.t.e.store_rip(layout::RIP, rip, T0);
         self.t.e.call_frame(layout::STUB_STEP_JUMP);
     }
 
@@ -734,14 +741,14 @@ impl<'a> Front<'a> {
                 } => {
                     self.t.e.bind(at);
                     self.t.e.table_op(0x33, T0, tags); // T0 = linear address again
-                    self.t.e.store_imm64(layout::RIP, rip, T1);
+                    self.t.e.store_rip(layout::RIP, rip, T1);
                     self.t.e.mov_imm(T1, u64::from(desc));
                     self.t.e.call_frame(layout::STUB_SLOW);
                     self.t.e.jmp(retry);
                 }
                 Cold::Poll { at, rip } => {
                     self.t.e.bind(at);
-                    self.t.e.store_imm64(layout::RIP, rip, T0);
+                    self.t.e.store_rip(layout::RIP, rip, T0);
                     self.t.e.store_imm32(layout::REASON, reason::POLL);
                     self.t.e.jmp_frame(layout::STUB_EXIT);
                 }
@@ -753,11 +760,10 @@ impl<'a> Front<'a> {
                 Cold::ExitStub { at, exit } => {
                     self.t.e.bind(at);
                     let target = self.t.exits[exit].0.target;
-                    self.t.e.store_imm64(layout::RIP, target, T0);
+                    self.t.e.store_rip(layout::RIP, target, T0);
                     self.t.e.store_imm32(layout::REASON, reason::LINK);
-                    self.t
-                        .e
-                        .store_imm32(layout::LINK, self.first_exit + exit as u32);
+                    let id = self.first_exit + exit as u32;
+                    self.t.e.store_dependent(layout::LINK, id, Depends::Exit);
                     self.t.e.jmp_frame(layout::STUB_EXIT);
                 }
                 Cold::JumpFar { at, target } => {
@@ -775,7 +781,7 @@ impl<'a> Front<'a> {
                         self.t.e.mov(1, T1, true);
                     }
                     self.t.e.bind(at);
-                    self.t.e.mov_imm(T0, rip);
+                    self.t.e.mov_rip(T0, rip, Depends::Rip);
                     self.t.e.jmp_frame(layout::STUB_MISS);
                 }
                 Cold::Waiting { at, rip, shadow } => {
@@ -783,7 +789,7 @@ impl<'a> Front<'a> {
                     if shadow {
                         self.t.e.store_imm8(layout::SHADOW, 1);
                     }
-                    self.t.e.store_imm64(layout::RIP, rip, T0);
+                    self.t.e.store_rip(layout::RIP, rip, T0);
                     self.t.e.store_imm32(layout::REASON, reason::POLL);
                     self.t.e.jmp_frame(layout::STUB_EXIT);
                 }

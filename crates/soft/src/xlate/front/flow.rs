@@ -4,7 +4,7 @@ use iced_x86::{FlowControl, Mnemonic, OpKind};
 
 use super::classify::condition;
 use super::{Cold, Decoded, Exit, Front, HOST_SP, SP, gpr_of, host_reg};
-use crate::xlate::emit::{Address, Label, T0, T1};
+use crate::xlate::emit::{Address, Depends, Label, T0, T1};
 use crate::xlate::layout::{self, gpr};
 
 /// True for what is canonical under four-level paging, and so under any.
@@ -57,7 +57,7 @@ impl Front<'_> {
 
     pub(super) fn push_const(&mut self, d: &Decoded, value: u64, flags_live: bool) {
         let to = self.push_slot(d, flags_live);
-        self.store_const(to, value);
+        self.store_const(to, value, false);
     }
 
     /// Where a push stores, checked.
@@ -92,7 +92,7 @@ impl Front<'_> {
     }
 
     /// What follows the check of a push of a constant.
-    fn store_const(&mut self, to: Address, value: u64) {
+    fn store_const(&mut self, to: Address, value: u64, is_rip: bool) {
         let (n, w) = (self.slot() as i32, self.code64);
         let small = if w {
             i32::try_from(value as i64).ok()
@@ -100,10 +100,15 @@ impl Front<'_> {
             Some(value as u32 as i32)
         };
         if let Some(v) = small {
+            self.t.e.fixed |= is_rip;
             self.t.e.store_mem_imm(to, v, w);
         } else {
             let to = self.free_t0(to);
-            self.t.e.mov_imm(T0, value);
+            if is_rip {
+                self.t.e.mov_rip(T0, value, Depends::Rip);
+            } else {
+                self.t.e.mov_imm(T0, value);
+            }
             self.t.e.store_mem(to, T0, w);
         }
         self.move_sp(-n);
@@ -195,7 +200,8 @@ impl Front<'_> {
                 self.direct_exit(next);
             }
             FlowControl::Call => {
-                self.push_const(d, next, true);
+                let to = self.push_slot(d, true);
+                self.store_const(to, next, true);
                 let t = self.wrap_ip(i.near_branch_target());
                 self.direct_exit(t);
             }
@@ -214,7 +220,7 @@ impl Front<'_> {
                     });
                     Self::OPERAND
                 };
-                self.store_const(to, next);
+                self.store_const(to, next, true);
                 self.t.e.load(T0, layout::TARGET);
                 self.indirect_exit();
             }
@@ -297,7 +303,7 @@ impl Front<'_> {
     fn note_branch(&mut self) {
         if self.code64 {
             let at = self.t.e.address() as u32;
-            self.t.e.store_imm32(layout::BRANCH, at);
+            self.t.e.store_dependent(layout::BRANCH, at, Depends::Host);
         }
     }
 
@@ -353,6 +359,7 @@ impl Front<'_> {
             self.interpret_at(target);
             return;
         }
+        self.t.e.fixed = true;
         self.t.e.mov_imm(T0, target);
         let slot = layout::jump_slot(target);
         self.t.e.jmp_frame(self.jump_cache() + 8 * slot);

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 use super::classify::normalise;
 use super::{Cold, Decoded, Front, gpr_of, host_reg, reg_named};
 use crate::frame::TLB_BITS;
-use crate::xlate::emit::{Address, T0, T1};
+use crate::xlate::emit::{Address, Depends, T0, T1};
 use crate::xlate::layout::{self, gpr};
 
 impl Front<'_> {
@@ -189,7 +189,11 @@ impl Front<'_> {
             } else {
                 disp & 0xffff_ffff
             };
-            self.t.e.mov_imm(dst, addr);
+            if base.is_ip() {
+                self.t.e.mov_rip(dst, addr, Depends::Rip);
+            } else {
+                self.t.e.mov_imm(dst, addr);
+            }
         } else {
             let mut a = Address {
                 disp: disp as u32 as i32,

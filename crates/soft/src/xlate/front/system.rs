@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, OpKind, Register};
 
-use super::{Front, T0, T1};
+use super::{Depends, Front, T0, T1};
 use crate::xlate::fast::Path;
 use crate::xlate::{layout, mode};
 
@@ -79,13 +79,15 @@ impl Front<'_> {
                 self.t.e.call_frame(layout::fast(path));
             }
             System::View(path) => {
+                // Not of user code, which alone is moved.
+                self.t.e.fixed = true;
                 self.t.e.mov_imm(T0, next);
                 self.t.e.mov_imm(T1, 8 * layout::jump_slot(next) as u64);
                 self.t.e.jmp_frame(layout::fast(path));
             }
             System::Jump(path) => {
-                self.t.e.store_imm64(layout::RIP, i.ip(), T0);
-                self.t.e.mov_imm(T0, next);
+                self.t.e.store_rip(layout::RIP, i.ip(), T0);
+                self.t.e.mov_rip(T0, next, Depends::Rip);
                 self.t.e.jmp_frame(layout::fast(path));
             }
             System::Swapgs => {
