@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use iced_x86::{Instruction, Mnemonic};
 use pyrite_x86::bits::{cr0, cr4, efer};
-use pyrite_x86::{XSAVE_AREA_BYTES, gpr};
+use pyrite_x86::{XSAVE_AREA_BYTES, gpr, sreg};
 
 use crate::exception::Exception;
 use crate::interp::native::x87;
@@ -292,11 +292,22 @@ fn instruction_mask(v: &SoftVcpu) -> u64 {
 }
 
 fn area_address(v: &SoftVcpu, i: &Instruction, len: usize, a: SegAccess) -> Result<u64, Exception> {
-    let lin = v.linear(operand::segment(i), operand::offset(v, i), len, a)?;
-    if lin & 63 != 0 {
+    let (seg, offset) = (operand::segment(i), operand::offset(v, i));
+    let fault = match v.linear(seg, offset, len, a) {
+        Ok(lin) if lin & 63 == 0 => return Ok(lin),
+        Ok(_) => Exception::gp(0),
+        Err(e) => e,
+    };
+    // The #GP of a misaligned area comes before the #SS of one beyond the limit.
+    let base = if v.long64() && seg < sreg::FS {
+        0
+    } else {
+        v.frame.cpu.seg[seg].base
+    };
+    if base.wrapping_add(offset) & 63 != 0 {
         return Err(Exception::gp(0));
     }
-    Ok(lin)
+    Err(fault)
 }
 
 /// Feature bit of leaf 0DH.1 EAX that an instruction needs.

@@ -60,6 +60,17 @@ struct Tally {
     never_through: BTreeMap<Mode, Vec<Code>>,
     /// Forms that were compared in some mode.
     forms: BTreeSet<Code>,
+    /// Forms that 64-bit mode lacks, with the reason why one of the other modes did not compare it.
+    outside: BTreeMap<Code, &'static str>,
+}
+
+impl Tally {
+    fn exclude(&mut self, code: Code, mode: Mode, why: &'static str) {
+        *self.excluded.entry((mode, why)).or_default() += 1;
+        if mode != Mode::Long && !code.op_code().mode64() {
+            self.outside.insert(code, why);
+        }
+    }
 }
 
 /// Runs `rounds` encodings of each form on the host and on all engines, twice each; forms of 64-bit
@@ -80,7 +91,7 @@ pub fn all_forms(seed: u64, rounds: usize, filter: Option<&str>) {
         }
         for mode in Mode::ALL {
             if let Some(why) = gen_::excluded(code, mode) {
-                *tally.excluded.entry((mode, why)).or_default() += 1;
+                tally.exclude(code, mode, why);
                 continue;
             }
             let again = mode != Mode::Long && code.op_code().mode64();
@@ -184,7 +195,7 @@ fn one_form(
     bare.set_code(code);
     if !found {
         if !guests[0].vcpu().interp.allows(&bare) {
-            *tally.excluded.entry((mode, "not announced")).or_default() += 1;
+            tally.exclude(code, mode, "not announced");
         } else if matches!(
             code,
             Code::Ud0_r16_rm16
@@ -197,26 +208,17 @@ fn one_form(
                 | Code::Lfs_r64_m1664
                 | Code::Lgs_r64_m1664
         ) {
-            *tally
-                .excluded
-                .entry((mode, "the other vendor's encoding"))
-                .or_default() += 1;
+            tally.exclude(code, mode, "the other vendor's encoding");
         } else if matches!(
             code.op_code().encoding(),
             EncodingKind::D3NOW | EncodingKind::MVEX
         ) {
-            *tally
-                .excluded
-                .entry((mode, "an encoding of no processor that hosts this"))
-                .or_default() += 1;
+            tally.exclude(code, mode, "an encoding of no processor that hosts this");
         } else {
             tally.untested.push((mode, code));
         }
     } else if !announced {
-        *tally
-            .excluded
-            .entry((mode, "not announced: raises #UD"))
-            .or_default() += 1;
+        tally.exclude(code, mode, "not announced: raises #UD");
     } else {
         tally.forms.insert(code);
         *tally.tested.entry(mode).or_default() += 1;
@@ -354,7 +356,14 @@ fn report(t: &Tally, partial: bool) {
         println!("  only exceptions: {:?}", t.never_through.get(&mode));
     }
     let outside = t.forms.iter().filter(|c| !c.op_code().mode64());
-    println!("that do not exist in 64-bit mode: {}", outside.count());
+    println!("forms that 64-bit mode lacks: {} compared", outside.count());
+    let mut reasons: BTreeMap<&str, Vec<Code>> = BTreeMap::new();
+    for (c, why) in t.outside.iter().filter(|(c, _)| !t.forms.contains(c)) {
+        reasons.entry(why).or_default().push(*c);
+    }
+    for (why, codes) in reasons {
+        println!("  not compared: {} {why}: {codes:?}", codes.len());
+    }
     println!("silently untested: {:?}", t.untested);
     for (what, (n, first)) in &t.failures {
         println!("FAIL {what}: {n} times, first {first}");
