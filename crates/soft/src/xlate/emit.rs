@@ -183,6 +183,12 @@ impl Emitter {
         self.u32(disp as u32);
         self.bytes(&[0]);
     }
+    /// `cmp dword [frame + disp], imm`.
+    pub fn cmp_frame32(&mut self, disp: usize, imm: u32) {
+        self.bytes(&[0x81, 0xbc, 0x24]);
+        self.u32(disp as u32);
+        self.u32(imm);
+    }
     /// `mov byte [frame + disp], imm`.
     pub fn store_imm8(&mut self, disp: usize, imm: u8) {
         self.bytes(&[0xc6, 0x84, 0x24]);
@@ -347,6 +353,18 @@ impl Emitter {
         ]);
         self.bytes(&[0x84 | (dst & 7) << 3, 0x24]);
         self.u32(disp as u32);
+    }
+    /// `rorx dst, src, n` (BMI2, keeps flags).
+    pub fn rorx(&mut self, dst: u8, src: u8, n: u8) {
+        // VEX.LZ.F2.0F3A.W1 F0 /r ib
+        let r = if dst >= 8 { 0 } else { 0x80 };
+        let b = if src >= 8 { 0 } else { 0x20 };
+        self.bytes(&[0xc4, r | 0x40 | b | 3, 0xfb, 0xf0]);
+        self.bytes(&[0xc0 | (dst & 7) << 3 | src & 7, n]);
+    }
+    /// `ror reg, n` (64 bit).
+    pub fn ror(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(true, 0, 0, reg), 0xc1, 0xc8 | reg & 7, n]);
     }
     /// `op T0|T1, [frame + T1*8 + disp]`: XOR T0 (33H) or MOV T1 (8BH).
     pub fn table_op(&mut self, opcode: u8, reg: u8, disp: usize) {

@@ -264,22 +264,31 @@ impl Front<'_> {
 
     /// Goes on at the guest RIP in T0, through the jump cache.
     pub(super) fn indirect_exit(&mut self) {
+        let fold = Address {
+            base: Some(T1),
+            index: Some((T0, 0)),
+            disp: 0,
+        };
         if self.host.bmi2 {
-            self.t.e.pext_frame(T1, T0, layout::JC_MASK_AT);
+            self.t.e.rorx(T1, T0, layout::JC_BITS as u8);
+            self.t.e.lea(T1, fold, true);
+            self.t.e.pext_frame(T1, T1, layout::JC_MASK_AT);
         } else {
             // The flags must survive: they may be live in the target.
             self.t.e.save_flags();
-            self.t.e.mov(T1, T0, false);
+            self.t.e.mov(T1, T0, true);
+            self.t.e.ror(T1, layout::JC_BITS as u8);
+            self.t.e.lea(T1, fold, true);
             self.t.e.and32(T1, layout::JC_MASK as u32);
             self.t.e.restore_flags();
         }
-        self.t.e.jmp_table(layout::jump_cache(self.view));
+        self.t.e.jmp_table(self.jump_cache());
     }
 
-    /// True if a direct link to `target` stays right as long as this block is reachable: it is in
-    /// the same page of the same mapping.
-    pub(super) fn linkable(&self, target: u64) -> bool {
-        self.options.link && (target ^ self.key.rip) >> 12 == 0
+    /// True if exits are linked: within a page the mapping is the same, the entry from other
+    /// pages checks it.
+    pub(super) fn linkable(&self) -> bool {
+        self.options.link
     }
 
     pub(super) fn far_jump(&mut self, target: u64) {
@@ -289,13 +298,18 @@ impl Front<'_> {
             return;
         }
         self.t.e.mov_imm(T0, target);
-        let slot = (target & layout::JC_MASK) as usize;
-        self.t.e.jmp_frame(layout::jump_cache(self.view) + 8 * slot);
+        let slot = layout::jump_slot(target);
+        self.t.e.jmp_frame(self.jump_cache() + 8 * slot);
+    }
+
+    /// Offset of the jump cache of the block's mode.
+    fn jump_cache(&self) -> usize {
+        layout::jump_cache(self.view)
     }
 
     /// Ends the block by going on at `target`.
     pub(super) fn direct_exit(&mut self, target: u64) {
-        if self.linkable(target) {
+        if self.linkable() {
             let stub = self.new_exit(target);
             self.t.e.jmp(stub);
             self.note_patch();
@@ -305,7 +319,7 @@ impl Front<'_> {
     }
 
     pub(super) fn conditional_exit(&mut self, cc: u8, target: u64) {
-        if self.linkable(target) {
+        if self.linkable() {
             let stub = self.new_exit(target);
             self.t.e.jcc(cc, stub);
             self.note_patch();
