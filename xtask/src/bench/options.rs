@@ -153,3 +153,42 @@ pub fn files(args: &[String]) -> Result<(Vec<PathBuf>, Clock), String> {
     }
     Ok((files, clock))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Options, String> {
+        let args: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        Options::parse(&args)
+    }
+
+    #[test]
+    fn options_mean_what_they_say() {
+        let o = parse("--rounds 5 --only=gcc,java --skip-tcg --clock cpu").expect("parses");
+        assert_eq!(o.rounds, 5);
+        let names: Vec<&str> = o.workloads.iter().map(|w| w.name).collect();
+        assert_eq!(names, ["gcc", "java"]);
+        assert!(o.native && !o.tcg && o.soft);
+        assert_eq!(o.clock, Clock::Cpu);
+        let o = parse("--engines tcg").expect("parses");
+        assert!(!o.native && o.tcg && !o.soft);
+    }
+
+    #[test]
+    fn wrong_options_are_errors() {
+        for line in [
+            "--rounds",
+            "--rounds 0",
+            "--rounds many",
+            "--only nothing",
+            "--engines kvm",
+            "--quick=yes",
+            "--clock sun",
+            "--pyrite /nowhere/pyrite",
+            "rounds",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

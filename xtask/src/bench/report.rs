@@ -336,3 +336,107 @@ pub fn compare(a: &Results, b: &Results, clock: Clock) -> Result<String, String>
     text.push_str("B/A: above 1, B is faster; by native: each against the native runs beside it\n");
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::result::{Boot, Series};
+    use super::*;
+
+    fn series(engine: &str, times: &[f64]) -> Series {
+        let samples = times.iter().map(|&t| Sample {
+            copies: 1,
+            guest_s: t,
+            host_s: t,
+            cpu_s: t,
+            rate: None,
+        });
+        Series {
+            engine: engine.into(),
+            samples: samples.collect(),
+            failures: Vec::new(),
+        }
+    }
+
+    fn results(pyrite: &[f64]) -> Results {
+        let boot = |kernel_s| Boot {
+            before_s: 1.0,
+            kernel_s,
+            kernel_cpu_s: kernel_s,
+        };
+        Results {
+            about: Vec::new(),
+            engines: [NATIVE, TCG, PYRITE].map(str::to_owned).to_vec(),
+            cpus: 1,
+            boots: vec![
+                (TCG.into(), vec![boot(2.0)]),
+                (PYRITE.into(), vec![boot(0.5)]),
+            ],
+            entries: vec![Entry {
+                name: "work".into(),
+                group: Group::Jit.name().into(),
+                unit: None,
+                series: vec![
+                    series(NATIVE, &[1.0, 1.0, 1.0]),
+                    series(TCG, &[8.0]),
+                    series(PYRITE, pyrite),
+                ],
+            }],
+        }
+    }
+
+    #[test]
+    fn a_table_has_medians_ratios_means_and_boots() {
+        let text = table(&results(&[2.0, 1.9, 2.1]), Clock::Wall);
+        let row = text.lines().find(|l| l.starts_with("work ")).expect("row");
+        let cells: Vec<&str> = row.split_whitespace().collect();
+        let want = "work 1.000 s 8.000 s 2.000 s 50.0 % 4.00 0/0/10 %";
+        assert_eq!(cells.join(" "), want);
+        for group in ["all", "JIT"] {
+            let row = text.lines().find(|l| l.starts_with(group)).expect("mean");
+            assert!(row.contains("50.0 %") && row.contains("4.00"), "{row}");
+        }
+        assert!(!text.contains("crypto"), "a mean over nothing: {text}");
+        assert!(
+            text.contains("pyrite 0.50 s") && text.contains("0.25 of TCG's"),
+            "{text}"
+        );
+        assert!(!text.contains("SLOWER"), "{text}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        let mut r = results(&[9.0]);
+        let text = table(&r, Clock::Wall);
+        assert!(text.contains("SLOWER THAN TCG: work"), "{text}");
+        assert!(!text.contains("CLOCK"), "{text}");
+        let s = &mut r.entries[0].series[2];
+        s.samples[0].guest_s = 8.5;
+        s.failures.push("exit status 1".into());
+        let text = table(&r, Clock::Wall);
+        assert!(
+            text.contains("CLOCK: work on pyrite: the guest's clock is off by -5.6 %"),
+            "{text}"
+        );
+        assert!(
+            text.contains("FAILED: work on pyrite: exit status 1"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn two_runs_are_compared_also_by_their_native_runs() {
+        let a = results(&[4.0]);
+        let mut b = results(&[4.0]);
+        // The second host was half as fast.
+        b.entries[0].series[0] = series(NATIVE, &[2.0]);
+        let text = compare(&a, &b, Clock::Wall).expect("compares");
+        let row = text.lines().find(|l| l.starts_with("work ")).expect("row");
+        let cells: Vec<&str> = row.split_whitespace().collect();
+        assert_eq!(
+            cells.join(" "),
+            "work 4.000 s 4.000 s 1.00 25.0 % 50.0 % 2.00"
+        );
+        b.entries[0].name = "other".into();
+        assert!(compare(&a, &b, Clock::Wall).is_err());
+    }
+}

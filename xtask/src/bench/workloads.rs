@@ -272,3 +272,31 @@ pub fn named(list: &str) -> Result<Vec<&'static Workload>, String> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workloads_have_names_sizes_and_one_line() {
+        for (n, w) in ALL.iter().enumerate() {
+            assert!(
+                ALL[..n].iter().all(|other| other.name != w.name),
+                "{}",
+                w.name
+            );
+            for quick in [false, true] {
+                let command = w.command(quick);
+                assert!(
+                    !command.contains(['\n', '@']) || w.rate.is_some(),
+                    "{command}"
+                );
+                assert!(
+                    !command.contains("@N") && !command.contains('\n'),
+                    "{command}"
+                );
+            }
+            assert_eq!(w.rate.is_some(), w.command.contains("@rate"), "{}", w.name);
+        }
+    }
+}
