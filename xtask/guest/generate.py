@@ -2,8 +2,8 @@
 
 import sys
 
-print("#include <stddef.h>\n#include <stdint.h>\n#include <string.h>")
-print("struct node { struct node *next; uint64_t key; double weight; char name[24]; };")
+print("#include <stddef.h>\n#include <stdint.h>")
+print("struct node { struct node *next; uint64_t key; double weight; };")
 for n in range(int(sys.argv[1])):
     a, b, c = n * 7 % 31 + 2, n * 11 % 23 + 3, n * 13 % 17 + 1
     print(f"""
@@ -20,15 +20,8 @@ uint64_t function_{n}(struct node *list, const uint32_t *words, size_t count, do
         default: buckets[w % {a}] += w >> {c % 7}; break;
         }}
     }}
-    for (struct node *p = list; p; p = p->next) {{
-        if (p->key % {c + 1} == 0 && memcmp(p->name, "node", 4) == 0)
-            total += p->weight * {b};
-        else
-            p->key = p->key * {a * 2 + 1}u + sum % {b};
-        for (int j = 0; j < {c % 5 + 2}; j++)
-            p->name[j + {c % 9}] ^= (char)(sum >> j);
-    }}
-    for (size_t i = 0; i < {a}; i++)
-        sum = sum * 31 + buckets[i];
+    for (struct node *p = list; p; p = p->next)
+        total += p->key % {c + 1} ? p->weight * {b} : 1;
+    sum = sum * 31 + buckets[{a // 2}];
     return sum + (uint64_t)total{f" + function_{n - 1}(list, words, count / 2, total)" if n % 6 else ""};
 }}""")

@@ -3,8 +3,9 @@
 use std::collections::hash_map::DefaultHasher;
 use std::fs;
 use std::hash::{Hash, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 /// The system tests make their disks with the same script.
 const SCRIPT: &str = include_str!("../../../tests/fixtures/user-space.sh");
@@ -47,6 +48,8 @@ pub struct Image {
     /// ext4, never written to.
     pub disk: PathBuf,
     pub tree: PathBuf,
+    /// Locked shared while the image is in use, so that another checkout's run does not remove it.
+    _lock: Arc<fs::File>,
 }
 
 /// The image, built if it is not there.
@@ -55,20 +58,33 @@ pub fn get() -> Result<Image, String> {
     (SCRIPT, FILES, PACKAGES, SIZE).hash(&mut key);
     let all = super::target_dir()?.join("user-space");
     let dir = all.join(format!("bench-{:016x}", key.finish()));
+    let fail = |e: std::io::Error| format!("{}: {e}", dir.display());
+    fs::create_dir_all(&dir).map_err(fail)?;
+    let lock = Arc::new(fs::File::create(dir.join("lock")).map_err(fail)?);
     let image = Image {
         kernel: dir.join("vmlinuz"),
         initrd: dir.join("initrd"),
         disk: dir.join("root.ext4"),
         tree: dir.join("tree"),
+        _lock: Arc::clone(&lock),
     };
-    let fail = |e: std::io::Error| format!("{}: {e}", dir.display());
-    fs::create_dir_all(&dir).map_err(fail)?;
-    // Another run may be at it.
-    let lock = fs::File::create(dir.join("lock")).map_err(fail)?;
-    lock.lock().map_err(fail)?;
+    // Another run may be building it.
+    lock.lock_shared().map_err(fail)?;
     if image.disk.is_file() {
         return Ok(image);
     }
+    lock.unlock().and_then(|()| lock.lock()).map_err(fail)?;
+    if !image.disk.is_file() {
+        build(&dir)?;
+        remove_others(&all, &dir);
+    }
+    lock.lock_shared().map_err(fail)?;
+    Ok(image)
+}
+
+/// Fills `dir`.
+fn build(dir: &Path) -> Result<(), String> {
+    let fail = |e: std::io::Error| format!("{}: {e}", dir.display());
     eprintln!(
         "bench: building the guest's disk in {} (minutes)",
         dir.display()
@@ -83,10 +99,11 @@ pub fn get() -> Result<Image, String> {
     let log = dir.join("build.log");
     let errors = fs::File::create(&log).map_err(fail)?;
     let status = Command::new("sh")
-        .args([&script, &dir])
+        .arg(&script)
+        .arg(dir)
         .arg(SIZE)
         .args(PACKAGES)
-        .env("EXTRA", &extra)
+        .env("PYRITE_IMAGE_EXTRA", &extra)
         .stdin(Stdio::null())
         .stdout(errors.try_clone().map_err(fail)?)
         .stderr(errors)
@@ -103,12 +120,11 @@ pub fn get() -> Result<Image, String> {
             tail.join("\n  ")
         ));
     }
-    remove_others(&all, &dir);
-    Ok(image)
+    Ok(())
 }
 
 /// Images that older sources made: gigabytes that nothing uses any more.
-fn remove_others(all: &std::path::Path, keep: &std::path::Path) {
+fn remove_others(all: &Path, keep: &Path) {
     for entry in fs::read_dir(all).into_iter().flatten().flatten() {
         let path = entry.path();
         if entry.file_name().to_string_lossy().starts_with("bench-") && path != keep {
