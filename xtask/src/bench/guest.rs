@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use super::machine::{Engine, Failure, Machine, QEMU, Setup};
 use super::options::Options;
-use super::result::{Entry, Results, Sample, Series};
+use super::result::{Entry, Results, Sample, Series, median};
 use super::workloads::Workload;
 use super::{image, machine, report, workloads};
 
@@ -118,17 +118,23 @@ fn one(
             }
         }
     };
-    if first && o.warm_up && !o.quick {
+    if first && o.warm_up {
         // Programs and libraries come from the disk into the page cache.
         attempt(true)?;
     }
     attempt(o.quick)
 }
 
-/// Says where the clocks of guest and host differ.
-pub fn deviation(s: &Sample) -> Option<f64> {
-    let by = s.guest_s - s.host_s;
-    (by.abs() > DEVIATION_MIN_S && by.abs() > DEVIATION_MAX * s.host_s).then_some(by / s.host_s)
+/// By which fraction a guest's clock is off, if it is. The median: a line of a guest that the host
+/// reads late is not the guest's clock.
+pub fn deviation(samples: &[Sample]) -> Option<f64> {
+    let by: Vec<f64> = samples.iter().map(|s| s.guest_s - s.host_s).collect();
+    let fractions: Vec<f64> = samples
+        .iter()
+        .map(|s| (s.guest_s - s.host_s) / s.host_s)
+        .collect();
+    let fraction = median(&fractions)?;
+    (median(&by)?.abs() > DEVIATION_MIN_S && fraction.abs() > DEVIATION_MAX).then_some(fraction)
 }
 
 fn engines(o: &Options) -> Result<Vec<Engine>, String> {

@@ -242,8 +242,7 @@ fn remarks(r: &Results, clock: Clock, text: &mut String) {
             for why in &s.failures {
                 let _ = writeln!(text, "FAILED: {} on {}: {why}", e.name, s.engine);
             }
-            let worst = s.samples.iter().filter_map(deviation);
-            if let Some(d) = worst.max_by(|a, b| a.abs().total_cmp(&b.abs())) {
+            if let Some(d) = deviation(&s.samples) {
                 let _ = writeln!(
                     text,
                     "CLOCK: {} on {}: the guest's clock is off by {:+.1} %",
