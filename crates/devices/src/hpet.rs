@@ -246,10 +246,7 @@ impl Hpet {
     /// costs no wake-up: what it did meanwhile is worked out by [`Registers::catch_up`].
     fn schedule(&self) {
         let r = &self.regs;
-        let heard = r
-            .comparators
-            .iter()
-            .filter(|c| c.config & TN_INT_ENB != 0);
+        let heard = r.comparators.iter().filter(|c| c.config & TN_INT_ENB != 0);
         let first = heard.filter_map(|c| c.due).min();
         let deadline = first.filter(|_| r.is_enabled()).map(|due| {
             r.since_ns
