@@ -43,6 +43,11 @@ pub fn probe_kvm() -> Result<(), String> {
     }
 }
 
+/// Whether guests can ping other hosts through the user network.
+pub fn guests_can_ping() -> bool {
+    pyrite_net::usernet::ping_allowed()
+}
+
 /// Decides, and says why in one line.
 pub fn choose(kind: EngineKind) -> (Engine, String) {
     match kind {

@@ -4,6 +4,7 @@
 //! - [`boot`]: what is in memory and registers when the guest begins.
 //! - [`inputs`]: looks at the files of a specification before anything starts.
 //! - [`engines`]: which engine, and what CPUID says.
+//! - [`output`]: files that take what the guest writes to serial ports.
 //! - [`machine`]: memory, chipset, devices and engine, put together.
 //! - [`run`]: the state driver, the only place that changes what the VM does.
 //! - [`snapshot`]: a stopped machine as a directory.
@@ -21,6 +22,7 @@ pub mod boot;
 pub mod engines;
 pub mod inputs;
 pub mod machine;
+pub mod output;
 pub mod process;
 pub mod run;
 pub mod snapshot;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use pyrite_api::v1::{ConsoleKind, NetKind, NetSpec, Protocol, SpecError, VmSpec};
 use pyrite_devices::acpi_pm::AcpiPm;
 use pyrite_devices::chipset::{Chipset, ChipsetConfig};
-use pyrite_devices::uart::NoSerial;
+use pyrite_devices::uart::{NoSerial, SerialBackend};
 use pyrite_disk::BlockBackend;
 use pyrite_disk::raw::RawDisk;
 use pyrite_engine::{CpuIo, CpuidTable, Vm, VmConfig};
@@ -24,6 +24,7 @@ use pyrite_virtio::{
 };
 
 use crate::engines::Engine;
+use crate::output::OutputFile;
 use crate::run::console::Console;
 
 #[cfg(test)]
@@ -156,8 +157,11 @@ impl Machine {
             events,
             wall_clock: Arc::new(wall_clock),
             vcpus: spec.cpus,
-            serial: [console.serial(), Box::new(NoSerial)],
-            debugcon: Box::new(NoSerial),
+            serial: [
+                console.serial(),
+                output("serial2", spec.serial2.as_deref())?,
+            ],
+            debugcon: output("debugcon", spec.debugcon.as_deref())?,
             doorbells: None,
         })
         .map_err(|e| AssemblyError::Host(e.into()))?;
@@ -308,6 +312,16 @@ fn plug_devices(
         slots.plug("virtio-vsock0", Box::new(vsock))?;
     }
     Ok(())
+}
+
+/// The file for the output of a port, or nothing.
+fn output(field: &str, path: Option<&Path>) -> Result<Box<dyn SerialBackend>, AssemblyError> {
+    let Some(path) = path else {
+        return Ok(Box::new(NoSerial));
+    };
+    let file =
+        OutputFile::open(path).map_err(|e| input(field, format!("{}: {e}", path.display())))?;
+    Ok(Box::new(file))
 }
 
 fn open_disk(path: &Path, read_only: bool) -> Result<Arc<dyn BlockBackend>, String> {

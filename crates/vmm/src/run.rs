@@ -614,6 +614,8 @@ impl Running {
             state_crc: 0,
             memory_crc: 0,
             cpuid: snapshot::cpuid_rows(&m.cpuid),
+            tsc_khz: m.vm.caps().tsc_khz,
+            manifest_crc: 0,
         };
         snapshot::write(dir, &manifest, &sections, &m.memory)
     }
@@ -623,6 +625,7 @@ impl Running {
         let manifest = snapshot::Manifest::read(dir).map_err(anyhow::Error::msg)?;
         let mut sections = snapshot::read_sections(dir, &manifest)?;
         let m = &self.d.machine;
+        snapshot::same_tsc(manifest.0.tsc_khz, m.vm.caps().tsc_khz)?;
         m.clock.set_ns(manifest.0.clock_ns);
         self.booted_at_ns = manifest.0.clock_ns;
         snapshot::read_memory(dir, &manifest, &m.memory)?;
@@ -657,6 +660,8 @@ fn portable(spec: &VmSpec) -> Result<VmSpec> {
     let mut s = VmSpec {
         restore: None,
         paused: false,
+        serial2: None,
+        debugcon: None,
         ..spec.clone()
     };
     let boot = &mut s.boot;
