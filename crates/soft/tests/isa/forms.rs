@@ -6,7 +6,7 @@ use iced_x86::{Code, EncodingKind, Mnemonic};
 
 use super::gen_::{self, Sequence};
 use super::guest::{self, Guest};
-use super::host::Host;
+use super::host::{self, Host};
 use super::machine::{
     Components, END, END16, END32, End, Mode, Start, Tolerance, differences, fill,
 };
@@ -90,7 +90,7 @@ pub fn all_forms(seed: u64, rounds: usize, filter: Option<&str>) {
             continue;
         }
         for mode in Mode::ALL {
-            if let Some(why) = gen_::excluded(code, mode) {
+            if let Some(why) = gen_::excluded(code, mode).or_else(|| host::lacks(mode)) {
                 tally.exclude(code, mode, why);
                 continue;
             }

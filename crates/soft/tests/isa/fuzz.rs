@@ -13,7 +13,7 @@ use iced_x86::{
 use super::forms::is_gather;
 use super::gen_::{self, Insn, Sequence};
 use super::guest::{self, Guest};
-use super::host::{CONTEXT, CONTEXT_BYTES, Host};
+use super::host::{self, CONTEXT, CONTEXT_BYTES, Host};
 use super::machine::{
     Components, END, END16, End, Mode, Outcome, Start, Tolerance, differences, fill,
 };
@@ -407,6 +407,11 @@ impl Fuzzer {
             7 => Mode::Seg16,
             _ => Mode::Long,
         };
+        let mode = if host::lacks(mode).is_some() {
+            Mode::Long
+        } else {
+            mode
+        };
         let start = start_of(&self.base, &self.components, seed, mode);
         let pool = &self.pools[mode as usize];
         let mut seq = sequence(pool, &mut r, &start, self.place);
@@ -474,6 +479,10 @@ impl Fuzzer {
             "Seg16" => Mode::Seg16,
             other => return Err(format!("mode: {other}")),
         };
+        if let Some(why) = host::lacks(mode) {
+            println!("skipped: a case of {mode:?}: {why}");
+            return Ok(());
+        }
         let start = start_of(&self.base, &self.components, seed, mode);
         // The last is the jump to the end, which `Sequence` makes anew.
         insns.pop();

@@ -15,6 +15,7 @@ use pyrite_soft::{SoftOptions, SoftVcpu, SoftVm};
 use pyrite_x86::cpuid::{EngineKind, HostCpuid, guest_cpuid};
 use pyrite_x86::{Activity, CpuState, InterruptShadow, Segment, TableReg, XsaveArea};
 
+use super::host;
 use super::machine::{
     CODE, CODE_BYTES, Components, DATA, DATA_BYTES, END, END16, END32, End, LDT, Mode, Outcome,
     RO_BYTES, Start,
@@ -382,12 +383,17 @@ fn base_state() -> CpuState {
         selector: 0x40,
         ..NULL
     };
-    s.ldtr = Segment {
-        base: KERNEL + LDT_AT,
-        limit: 8 * LDT.len() as u32 - 1,
-        attr: 0x82,
-        selector: 0x50,
-        ..NULL
+    // As on the host, where a selector of the table faults if the kernel has none to give.
+    s.ldtr = if host::has_descriptors() {
+        Segment {
+            base: KERNEL + LDT_AT,
+            limit: 8 * LDT.len() as u32 - 1,
+            attr: 0x82,
+            selector: 0x50,
+            ..NULL
+        }
+    } else {
+        NULL
     };
     s.gdtr = TableReg {
         base: KERNEL + GDT,

@@ -10,7 +10,7 @@
 
 use std::arch::global_asm;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use pyrite_x86::XsaveArea;
 
@@ -266,7 +266,7 @@ impl Host {
             put(&far, end.add((END32 - END) as usize));
             put(&out, code.add(END16));
         }
-        local_descriptors();
+        has_descriptors();
         context().exit = pyrite_isa_host_exit as *const () as u64;
         if !READY.swap(true, Ordering::SeqCst) {
             install();
@@ -359,8 +359,26 @@ fn context() -> &'static mut Context {
     unsafe { &mut *(CONTEXT as *mut Context) }
 }
 
-/// Gives this process the local descriptors of the layout.
-fn local_descriptors() {
+/// Why sequences of a mode cannot run on this host; `None` = they can.
+pub fn lacks(mode: Mode) -> Option<&'static str> {
+    let needs = mode.selectors().iter().any(|s| s & 4 != 0);
+    (needs && !has_descriptors()).then_some("this host's kernel gives no local descriptors")
+}
+
+/// Gives this process the local descriptors of the layout, once; false, with a note why, where the
+/// kernel was built without local descriptors or a sandbox forbids them.
+pub fn has_descriptors() -> bool {
+    static DONE: OnceLock<bool> = OnceLock::new();
+    *DONE.get_or_init(|| match local_descriptors() {
+        Ok(()) => true,
+        Err(e) => {
+            println!("skipped: 32- and 16-bit code: modify_ldt: {e}");
+            false
+        }
+    })
+}
+
+fn local_descriptors() -> std::io::Result<()> {
     for (n, (base, limit, access, flags)) in LDT.into_iter().enumerate() {
         let is_code = access & 8 != 0;
         // struct user_desc: D/B in bit 0, then the type (1 bit direction, 1 bit code), read or
@@ -370,8 +388,24 @@ fn local_descriptors() {
         let entry = [n as u32, base as u32, limit, bits];
         // SAFETY: the kernel copies 16 bytes.
         let r = unsafe { libc::syscall(libc::SYS_modify_ldt, 1, entry.as_ptr(), 16) };
-        assert_eq!(r, 0, "modify_ldt: {}", std::io::Error::last_os_error());
+        if r != 0 {
+            // The kernel returns the system call's own errors in 32 bits, which the C library
+            // does not take for errors.
+            let e = match r {
+                -1 => std::io::Error::last_os_error(),
+                r => std::io::Error::from_raw_os_error((r as i32).wrapping_neg()),
+            };
+            let lacking = match e.raw_os_error() {
+                Some(libc::ENOSYS | libc::EPERM | libc::EACCES) => true,
+                // A kernel without 16-bit segments.
+                Some(libc::EINVAL) => flags & 4 == 0,
+                _ => false,
+            };
+            assert!(lacking, "descriptor {n}: modify_ldt: {e}");
+            return Err(e);
+        }
     }
+    Ok(())
 }
 
 fn install() {
