@@ -172,7 +172,7 @@ impl Irqfd for KvmIrqfd {
 
     fn route(&self, addr: u64, data: u32) -> Result<(), EngineError> {
         let mut routes = lock(&self.vm.routes);
-        let mut exchange = |routes: &mut Routes, new: (u64, u32)| {
+        let exchange = |routes: &mut Routes, new: (u64, u32)| {
             routes.irqfds.get_mut(&self.gsi).map(|(_, a, d)| {
                 let old = (*a, *d);
                 (*a, *d) = new;

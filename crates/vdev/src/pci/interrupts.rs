@@ -149,6 +149,9 @@ pub(super) struct Shared {
     pub routes: Routes,
 }
 
+/// A route and the message it sends.
+type Routed = (MsiMessage, Box<dyn MsiRoute>);
+
 /// Ways of MSI-X vectors, opened when a vector is first signalled. They are not part of the saved
 /// state: a restored function opens its own.
 #[derive(Default)]
@@ -156,7 +159,7 @@ pub(super) struct Routes {
     /// The sink has none to give.
     none: AtomicBool,
     // LOCK ORDER: taken alone, so that a change and the sending that follows stay together.
-    by_vector: Mutex<BTreeMap<u16, (MsiMessage, Box<dyn MsiRoute>)>>,
+    by_vector: Mutex<BTreeMap<u16, Routed>>,
 }
 
 impl Routes {
