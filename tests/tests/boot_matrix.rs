@@ -21,10 +21,12 @@ const STEP: Duration = Duration::from_secs(60);
 const PROMPT: &str = "root@pyrite:~# ";
 
 /// Warnings that machines without fault give too.
-const EXPECTED_WARNINGS: [&str; 4] = [
+const EXPECTED_WARNINGS: [&str; 5] = [
     // 32-bit kernels without PAE have neither.
     "NX (Execute Disable) protection cannot be enabled: non-PAE kernel!",
     "ignored, not CPU addressable",
+    // The host gave its processor to somebody else for a while.
+    "hrtimer: interrupt took",
     // Frequency scaling is the host's; hypervisors on AMD processors have no _CPC.
     "amd_pstate: ",
     "Please enable it if your BIOS has the CPPC option.",

@@ -92,6 +92,12 @@ pub enum Ask {
         #[arg(default_value = "")]
         path: String,
     },
+    /// Take this much memory from the guest, or give back what is more (needs --balloon)
+    Balloon {
+        /// E.g. 256M or 1G; 0 gives everything back
+        #[arg(value_name = "SIZE", value_parser = parse_size)]
+        bytes: u64,
+    },
     /// Stop guest time
     Pause,
     /// Let a paused VM go on

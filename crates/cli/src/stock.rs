@@ -23,7 +23,7 @@ mod initramfs;
 mod modules;
 
 /// Changes when the same packages make another initrd.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 const KERNEL: &str = "vmlinuz";
 const INITRD: &str = "initrd.img";
 const SUMS: &str = "SHA256SUMS";

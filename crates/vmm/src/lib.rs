@@ -13,7 +13,8 @@
 //! # Threads
 //!
 //! The state driver (the process's first thread), one thread per vCPU (`vcpu0` …), `timers`,
-//! `control`, `console-in`, `console-out`, and those of back ends. Everything that changes the
+//! `control`, `console-in`, `console-out`, on KVM one per virtio device that waits for its doorbells
+//! (`bell-blk0` …), and those of back ends. Everything that changes the
 //! state of the VM goes through the driver's queue.
 #![deny(unsafe_code)]
 

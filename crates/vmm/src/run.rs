@@ -438,6 +438,7 @@ impl Running {
                 self.d.machine.console.send_break();
                 Ok(Outcome::Done)
             }
+            Command::Balloon { bytes } => self.balloon(bytes).map(|()| Outcome::Done),
             Command::Inspect { path } => match self.inspect().at(&path) {
                 Some(t) => Ok(Outcome::Tree(tree(t))),
                 None => Ok(Outcome::Failed(format!("there is no {path}"))),
@@ -454,6 +455,22 @@ impl Running {
             },
         );
         ending
+    }
+
+    /// Takes memory from the guest; how fast it gives it is up to its driver.
+    fn balloon(&self, bytes: u64) -> Result<()> {
+        let m = &self.d.machine;
+        let Some(balloon) = &m.balloon else {
+            bail!("this VM has no balloon; start it with --balloon");
+        };
+        if bytes >= m.memory.size_bytes() {
+            bail!(
+                "the guest has {} MiB in all; ask for less",
+                m.memory.size_bytes() >> 20
+            );
+        }
+        balloon.set_target(bytes);
+        Ok(())
     }
 
     /// Lets everything run.
@@ -501,6 +518,7 @@ impl Running {
                 std::thread::sleep(Duration::from_micros(200));
             }
         }
+        self.d.machine.vm.settle_irqfds();
         Ok(())
     }
 
