@@ -22,7 +22,18 @@ const INIT: &str = include_str!("../../crates/cli/src/stock/init.sh");
 const UDHCPC: &str = include_str!("../../crates/cli/src/stock/udhcpc.sh");
 const PROFILE: &str = "export PS1='\\u@\\h:\\w\\$ '\n";
 /// Modules for the devices of the machine; what they depend on is added.
-const MODULES: [&str; 4] = ["virtio_pci", "af_packet", "virtio_net", "virtio_rng"];
+const MODULES: [&str; 8] = [
+    "virtio_pci",
+    "af_packet",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_console",
+    "virtio_balloon",
+    "button",
+    "evdev",
+];
+/// Changes when the same packages make another guest.
+const RECIPE: u32 = 2;
 /// Directories of the initial RAM disk.
 const DIRS: [&str; 10] = [
     "bin",
@@ -82,7 +93,7 @@ pub fn guest(kernel: KernelPackage) -> Result<Guest, Reason> {
         arch,
         package,
     } = kernel;
-    let name = format!("{suite}-{arch}-{package}");
+    let name = format!("{suite}-{arch}-{package}-{RECIPE}");
     let done = cache.join("guests").join(&name);
     let guest = Guest {
         kernel: done.join("vmlinuz"),

@@ -96,6 +96,8 @@ pub struct Session {
     /// Printed.
     all: String,
     errors: Arc<Mutex<String>>,
+    /// Disconnected when standard error has ended.
+    errors_end: Receiver<()>,
 }
 
 impl Session {
@@ -133,7 +135,9 @@ impl Session {
         let errors: Arc<Mutex<String>> = Arc::default();
         let mut stderr = child.stderr.take().expect("piped");
         let kept = Arc::clone(&errors);
+        let (end, errors_end) = channel();
         std::thread::spawn(move || {
+            let _end = end;
             let mut buffer = [0; 4096];
             while let Ok(n @ 1..) = stderr.read(&mut buffer) {
                 let text = String::from_utf8_lossy(&buffer[..n]).into_owned();
@@ -150,6 +154,7 @@ impl Session {
             seen: String::new(),
             all: String::new(),
             errors,
+            errors_end,
         }
     }
 
@@ -233,6 +238,14 @@ impl Session {
         self.child.id()
     }
 
+    /// The exit code, if pyrite has ended.
+    pub fn ended(&mut self) -> Option<i32> {
+        let status = self.child.try_wait().expect("pyrite can be waited for")?;
+        // Its last words may still be in the pipe.
+        let _ = self.errors_end.recv_timeout(Duration::from_secs(5));
+        Some(status.code().unwrap_or(-1))
+    }
+
     /// Waits for the end; the exit code and the rest of what was printed.
     pub fn end(mut self, limit: Duration) -> (i32, String, String) {
         let until = Instant::now() + limit;
@@ -248,6 +261,8 @@ impl Session {
         while let Ok(p) = self.pieces.recv_timeout(Duration::from_secs(5)) {
             self.seen.push_str(&String::from_utf8_lossy(&p));
         }
+        // Its last words may still be in the pipe.
+        let _ = self.errors_end.recv_timeout(Duration::from_secs(5));
         let errors = self.errors();
         (
             status.code().unwrap_or(-1),
@@ -257,9 +272,27 @@ impl Session {
     }
 }
 
+/// True while a process does something, or holds files.
+fn lives(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.is_ok_and(|s| {
+        s.rsplit_once(')')
+            .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    })
+}
+
 impl Drop for Session {
     fn drop(&mut self) {
+        let pid = self.child.id();
+        // None if it has ended and was waited for.
+        let vm = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let vm = vm.unwrap_or_default();
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // The VM process follows, but not at once, and has its disks locked until then.
+        let until = Instant::now() + Duration::from_secs(30);
+        while vm.split_whitespace().any(lives) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }

@@ -57,14 +57,17 @@ fn same(a: &Path, b: &Path) {
 }
 
 /// The socket of a VM, there and answering.
-fn ready(socket: PathBuf) -> PathBuf {
+fn ready(vm: &mut Session, socket: PathBuf) -> PathBuf {
     for _ in 0..6000 {
+        if let Some(code) = vm.ended() {
+            panic!("ended with {code}: {}", vm.errors());
+        }
         if socket.exists() && ctl(&socket, &["inspect", "time-ns"]).0 == 0 {
             return socket;
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    panic!("no control socket");
+    panic!("no control socket: {}", vm.errors());
 }
 
 /// Nothing went wrong so far.
@@ -100,8 +103,8 @@ fn move_on(dir: &Scratch, name: &str, old: Session, socket: &Path) -> (Session, 
     drop(old);
     let _ = fs::remove_file(socket);
     let socket = dir.0.join(format!("{name}-socket"));
-    let new = start(&socket, &["--restore", &text(&path("a")), "--paused"]);
-    let socket = ready(socket);
+    let mut new = start(&socket, &["--restore", &text(&path("a")), "--paused"]);
+    let socket = ready(&mut new, socket);
     ask(&socket, &["snapshot", &text(&path("c"))]);
     same(&path("a"), &path("c"));
     ask(&socket, &["resume"]);
@@ -164,11 +167,11 @@ fn damaged_snapshots_are_refused_with_2() {
     let kernel = pyrite_tests::guest::pvh(&pyrite_tests::guest::HALT);
     let kernel = dir.file("kernel", &kernel);
     let kernel = kernel.to_str().expect("text");
-    let vm = start(
+    let mut vm = start(
         &socket,
         &["--net", "none", "--memory", "32M", "--kernel", kernel],
     );
-    let socket = ready(socket);
+    let socket = ready(&mut vm, socket);
     let snapshot = dir.0.join("s");
     let name = snapshot.to_str().expect("text").to_owned();
     ask(&socket, &["snapshot", &name]);

@@ -1,8 +1,9 @@
-//! Console and escape keys through pipes, signals, and the end of the VM process.
+//! Console and escape keys through pipes and on a terminal, signals, and the end of the VM process.
 
 use std::process::Command;
 use std::time::Duration;
 
+use pyrite_tests::fixtures::{self, KernelPackage};
 use pyrite_tests::{Scratch, Session, guest, pyrite};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -99,4 +100,36 @@ fn vm_process_ends_with_its_front() {
         std::fs::read(format!("/proc/{vm}/cmdline")).map_or(true, |c| c.is_empty())
     });
     assert!(gone, "the VM process {vm} lives on");
+}
+
+#[test]
+fn a_terminal_is_raw_resized_suspended_and_put_back() {
+    if Command::new("python3").arg("--version").output().is_err() {
+        println!("skipped: needs python3, which opens the terminal");
+        return;
+    }
+    let dir = Scratch::new("pty");
+    let code = [&guest::print("ready\n")[..], &guest::ECHO].concat();
+    let kernel = dir.file("kernel", &guest::pvh(&code));
+    let mut command = Command::new("python3");
+    command
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/pty.py"))
+        .arg(pyrite())
+        .arg(&kernel);
+    let linux = fixtures::guest(KernelPackage {
+        suite: "bookworm",
+        arch: "amd64",
+        package: "linux-image-cloud-amd64",
+    });
+    match linux {
+        Ok(linux) => {
+            command.arg(linux.kernel).arg(linux.initrd);
+        }
+        Err(why) => println!("skipped resizing: {why}"),
+    }
+    let done = command.output().expect("python3 runs");
+    let text = String::from_utf8_lossy(&done.stdout);
+    let errors = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{text}\n{errors}");
+    assert!(text.contains("SIGTERM"), "{text}");
 }

@@ -3,8 +3,13 @@
 //! The normal tests take a few minutes. `PYRITE_USER_SPACE=full` runs Python's own tests,
 //! stress-ng's verified stressors, Java and Node.js as well, which takes about an hour.
 
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::Command;
 
+use pyrite_tests::Scratch;
 use pyrite_tests::user_space::{FULL, Guest, Image, Repository, SMALL};
 
 /// The image, or a note why the test cannot be done here.
@@ -98,6 +103,76 @@ fn languages(g: &mut Guest) {
     );
 }
 
+/// OpenSSL agrees with itself when its threads and processes move between processors.
+fn crypto(g: &mut Guest) {
+    let command = "bash -o pipefail crypto.sh >crypto.out; tail -n 1 crypto.out";
+    assert_eq!(g.ok(command, 600), "crypto ok");
+}
+
+/// Sends back what comes until the sender has ended; what it was.
+fn send_back(mut stream: UnixStream) -> std::io::Result<usize> {
+    let mut buffer = [0; 8192];
+    let mut total = 0;
+    loop {
+        let n = stream.read(&mut buffer)?;
+        if n == 0 {
+            stream.shutdown(Shutdown::Write)?;
+            return Ok(total);
+        }
+        stream.write_all(&buffer[..n])?;
+        total += n;
+    }
+}
+
+/// Megabytes through the socket device in both directions, begun on either side.
+fn streams(g: &mut Guest, socket: &Path) {
+    g.ok("modprobe vmw_vsock_virtio_transport", 60);
+    // The guest calls the host.
+    let mut name = socket.as_os_str().to_owned();
+    name.push("_5000");
+    let listener = UnixListener::bind(&name).expect("a socket");
+    let host = std::thread::spawn(move || listener.accept().and_then(|(s, _)| send_back(s)));
+    assert_eq!(g.ok("python3 vsock.py call", 120), "same");
+    assert_eq!(host.join().expect("host").expect("stream"), 3 << 20);
+
+    // The host calls the guest.
+    g.ok(
+        "python3 vsock.py serve >served & until grep -q listening served; do sleep 0.1; done",
+        60,
+    );
+    let mut stream = UnixStream::connect(socket).expect("the VM's socket");
+    stream.write_all(b"CONNECT 1234\n").expect("sent");
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while answer.last() != Some(&b'\n') {
+        stream.read_exact(&mut byte).expect("an answer");
+        answer.extend(byte);
+    }
+    assert!(answer.starts_with(b"OK "), "{answer:?}");
+    let sent: Vec<u8> = (0..3u32 << 20).map(|n| (n * 7 + n / 256) as u8).collect();
+    let mut writer = stream.try_clone().expect("stream");
+    let (ours, back) = (
+        sent.clone(),
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                writer.write_all(&sent).expect("sent");
+                writer.shutdown(Shutdown::Write).expect("ended");
+            });
+            let mut back = Vec::new();
+            stream.read_to_end(&mut back).expect("received");
+            back
+        }),
+    );
+    assert!(ours == back, "{} bytes came back", back.len());
+
+    // Nobody listens: an answer, not silence.
+    let mut stream = UnixStream::connect(socket).expect("the VM's socket");
+    stream.write_all(b"CONNECT 4321\n").expect("sent");
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).expect("closed");
+    assert!(rest.is_empty(), "{rest:?}");
+}
+
 /// What the guest computed is what the host computes: the guest's executable, and the script.
 fn same_on_the_host(disk: &pyrite_tests::user_space::Disk) {
     let guest = std::fs::read_to_string(disk.file("/root/guest/fp.out")).expect("output");
@@ -142,9 +217,15 @@ fn a_debian_system_comes_up_and_shuts_down_on_two_cpus() {
     let Some(image) = image(SMALL, "3G") else {
         return;
     };
-    let mut g = Guest::boot(&image, "debian-2", &["--cpus", "2", "--memory", "512M"]);
+    let dir = Scratch::new("vsock");
+    let socket = dir.0.join("vm.sock");
+    let path = socket.to_string_lossy().into_owned();
+    let options = ["--cpus", "2", "--memory", "512M", "--vsock", &path];
+    let mut g = Guest::boot(&image, "debian-2", &options);
     healthy(&mut g, "2");
     installs(&mut g, "repository-2");
+    crypto(&mut g);
+    streams(&mut g, &socket);
     g.power_off().check();
 }
 
@@ -156,6 +237,7 @@ fn a_debian_system_comes_up_and_works_on_four_cpus() {
     let mut g = Guest::boot(&image, "debian-4", &["--cpus", "4", "--memory", "1G"]);
     healthy(&mut g, "4");
     programs(&mut g);
+    crypto(&mut g);
     healthy(&mut g, "4");
     g.power_off().check();
 }

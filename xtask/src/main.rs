@@ -2,7 +2,7 @@
 //!
 //! - `test`: everything CI checks: formatting, lints, tidy, all tests.
 //! - `tidy`: house rules that no compiler checks.
-//! - `bench boot`: time to the first shell prompt, against QEMU's TCG.
+//! - `bench`: time to the first shell prompt, workloads in a guest; against QEMU's TCG and native.
 //! - `isafuzz`: random instruction sequences, software engine against this processor.
 
 use std::process::{Command, ExitCode};
@@ -15,8 +15,8 @@ const USAGE: &str = "usage: cargo xtask <command>
   test    formatting, lints, house rules and all tests (what CI runs)
   quick   the same without the tests that boot whole guests
   tidy    house rules only
-  bench boot [ROUNDS [CPUS]]
-          time to the first shell prompt, against QEMU's TCG, in one run
+  bench boot|guest|show|compare
+          how fast guests are, against QEMU's TCG and native, in one run
   isafuzz random instruction sequences on the engine against this processor
           [--seed S] [--count N] [--seconds T] [--jobs J] [--keep K]";
 
@@ -26,18 +26,11 @@ fn main() -> ExitCode {
         Some("test") => steps(true),
         Some("quick") => steps(false),
         Some("tidy") => report("tidy", tidy::check()),
-        Some("bench") if args.get(1).map(String::as_str) == Some("boot") => {
-            let number = |n: usize, default| args.get(n).map_or(Ok(default), |a| a.parse());
-            match (number(2, 7usize), number(3, 1)) {
-                (Ok(rounds), Ok(cpus)) if rounds > 0 => {
-                    report("bench boot", bench::boot(rounds, cpus as u32))
-                }
-                _ => {
-                    eprintln!("bench boot [ROUNDS [CPUS]]: both are numbers\n{USAGE}");
-                    ExitCode::from(2)
-                }
-            }
-        }
+        Some("bench") => match bench::main(args.get(1..).unwrap_or_default()) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::from(2),
+            Err(e) => report("bench", Err(e)),
+        },
         Some("isafuzz") => {
             let mut all = vec![
                 "run",

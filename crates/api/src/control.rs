@@ -65,6 +65,11 @@ pub enum Command {
     },
     /// Sends a serial break.
     Break,
+    /// Sets how much memory the balloon takes from the guest.
+    Balloon {
+        /// In bytes.
+        bytes: u64,
+    },
     /// Shows the tree of what the machine is, below `path`.
     Inspect {
         /// `/`-separated; empty for all.

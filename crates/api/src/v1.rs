@@ -197,6 +197,12 @@ pub struct VmSpec {
     /// Unix socket path of the vsock device; none without.
     #[serde(default)]
     pub vsock: Option<PathBuf>,
+    /// File for what the guest sends on the second serial port; it is dropped without.
+    #[serde(default)]
+    pub serial2: Option<PathBuf>,
+    /// File for what the guest writes to the debug console, port 402H; it is dropped without.
+    #[serde(default)]
+    pub debugcon: Option<PathBuf>,
     /// What a reset by the guest does.
     #[serde(default)]
     pub reset: ResetPolicy,
@@ -228,6 +234,8 @@ impl Default for VmSpec {
             console: ConsoleKind::Serial,
             balloon: false,
             vsock: None,
+            serial2: None,
+            debugcon: None,
             reset: ResetPolicy::Reboot,
             time_limit_ms: None,
             restore: None,

@@ -92,6 +92,12 @@ pub enum Ask {
         #[arg(default_value = "")]
         path: String,
     },
+    /// Take this much memory from the guest, or give back what is more (needs --balloon)
+    Balloon {
+        /// E.g. 256M or 1G; 0 gives everything back
+        #[arg(value_name = "SIZE", value_parser = parse_size)]
+        bytes: u64,
+    },
     /// Stop guest time
     Pause,
     /// Let a paused VM go on
@@ -154,6 +160,12 @@ pub struct RunArgs {
     /// End the VM after this time, e.g. 90, 90s, 5m
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub timeout: Option<Duration>,
+    /// File for what the guest sends on its second serial port, ttyS1
+    #[arg(long, value_name = "FILE")]
+    pub serial2: Option<PathBuf>,
+    /// File for what the guest writes to the debug console, port 0x402
+    #[arg(long, value_name = "FILE")]
+    pub debugcon: Option<PathBuf>,
     /// Unix socket for connections to and from the guest (vsock)
     #[arg(long, value_name = "SOCKET")]
     pub vsock: Option<PathBuf>,
@@ -170,6 +182,9 @@ pub struct RunArgs {
     #[arg(long, requires = "control")]
     pub paused: bool,
     /// Go on from a snapshot instead of booting
+    ///
+    /// The guest's wall clock goes on from where it was; `hwclock --hctosys` in the guest, or its
+    /// time daemon, puts it right.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["kernel", "initrd", "append", "modules"])]
     pub restore: Option<PathBuf>,
     /// What to log to standard error, e.g. info or pyrite_vmm=debug
@@ -219,6 +234,8 @@ impl RunArgs {
             console: console.unwrap_or_default(),
             balloon: self.balloon,
             vsock: self.vsock.clone(),
+            serial2: self.serial2.clone(),
+            debugcon: self.debugcon.clone(),
             reset: if self.no_reboot {
                 ResetPolicy::Stop
             } else {
@@ -252,6 +269,8 @@ fn option_of(path: &str) -> &'static str {
         ("console", _) => "--console",
         ("balloon", _) => "--balloon",
         ("vsock", _) => "--vsock",
+        ("serial2", _) => "--serial2",
+        ("debugcon", _) => "--debugcon",
         ("time_limit_ms", _) => "--timeout",
         ("restore", _) => "--restore",
         _ => "the VM specification",

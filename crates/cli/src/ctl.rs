@@ -153,6 +153,7 @@ fn ask(socket: &Path, what: Ask) -> Result<Outcome> {
             dir: std::path::absolute(&dir).context("the directory of the snapshot")?,
         },
         Ask::Inspect { path } => Command::Inspect { path },
+        Ask::Balloon { bytes } => Command::Balloon { bytes },
         Ask::Pause => Command::Pause,
         Ask::Resume => Command::Resume,
         Ask::Reset => Command::Reset,

@@ -22,6 +22,7 @@ pub fn run() -> u8 {
         kvm(),
         memory(),
         user_namespaces(),
+        ping(),
         cache(),
         package_client(),
     ];
@@ -176,6 +177,18 @@ fn user_namespaces() -> (Mark, String) {
     } else {
         (Mark::Good, "User namespaces: available.".into())
     }
+}
+
+/// Whether a guest's pings can leave the host.
+fn ping() -> (Mark, String) {
+    if engines::guests_can_ping() {
+        let text = "Ping: guests can ping other hosts through the user network.";
+        return (Mark::Good, text.into());
+    }
+    let text = "Ping: guests can ping the router but no other host, because this host gives your \
+                groups no ping sockets. TCP and UDP are not affected. To allow it, as root: sysctl \
+                -w net.ipv4.ping_group_range=\"0 2147483647\".";
+    (Mark::Note, text.into())
 }
 
 fn cache() -> (Mark, String) {

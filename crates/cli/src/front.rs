@@ -90,6 +90,7 @@ pub fn run(spec: VmSpec, log_filter: &str, socket: Option<&Path>) -> Result<u8> 
                 .try_clone()
                 .context("cannot share the console socket")?,
             &heard,
+            terminal.is_some(),
         )?;
     }
     hear_vm(
@@ -179,8 +180,10 @@ fn show_output(mut console: UnixStream) -> Result<JoinHandle<()>> {
     })
 }
 
-/// Sends what is typed to the guest, and escape keys to the deciding thread.
-fn read_keys(mut console: UnixStream, heard: &SyncSender<Heard>) -> Result<()> {
+/// Sends what is typed to the guest, and escape keys to the deciding thread. `raw`: a terminal,
+/// whose input only ends when it is gone. That is a hang-up, of which a process that does not lead
+/// its session need not get a signal (under su, for one).
+fn read_keys(mut console: UnixStream, heard: &SyncSender<Heard>, raw: bool) -> Result<()> {
     let heard = heard.clone();
     thread("input", move || {
         let mut keys = EscapeKey::default();
@@ -188,7 +191,13 @@ fn read_keys(mut console: UnixStream, heard: &SyncSender<Heard>) -> Result<()> {
         let mut buffer = [0; 4096];
         loop {
             let n = match input.read(&mut buffer) {
-                Ok(0) | Err(_) => return,
+                Ok(0) | Err(_) => {
+                    if raw {
+                        // A deciding thread that is gone ends the VM anyway.
+                        let _ = heard.send(Heard::Signal(libc::SIGHUP));
+                    }
+                    return;
+                }
                 Ok(n) => n,
             };
             for typed in keys.feed(buffer.get(..n).unwrap_or_default()) {

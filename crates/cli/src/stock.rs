@@ -23,7 +23,7 @@ mod initramfs;
 mod modules;
 
 /// Changes when the same packages make another initrd.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 const KERNEL: &str = "vmlinuz";
 const INITRD: &str = "initrd.img";
 const SUMS: &str = "SHA256SUMS";
@@ -92,16 +92,26 @@ pub fn guest() -> Result<StockGuest> {
     if let Some(guest) = cached(&cache) {
         return Ok(guest);
     }
-    match make(&cache) {
-        Ok(guest) => Ok(guest),
-        Err(e) => Err(e.context(format!(
-            "cannot fetch a kernel to run. Give one with --kernel FILE [--initrd FILE], or put \
-             these two files into {}:\n  linux-image-*.deb     a Debian kernel package, e.g. the \
-             one that linux-image-cloud-amd64 depends on\n  busybox-static_*.deb  the package \
-             busybox-static",
-            cache.join("packages").display()
-        ))),
+    make(&cache).map_err(|e| advice(&e, &cache))
+}
+
+/// What went wrong, and what a person can do about it.
+fn advice(error: &anyhow::Error, cache: &Path) -> anyhow::Error {
+    if fs::create_dir_all(cache).is_err() {
+        return anyhow::anyhow!(
+            "{error:#}.\nSet XDG_CACHE_HOME to a directory that can be written, or give a kernel \
+             with --kernel FILE [--initrd FILE]."
+        );
     }
+    anyhow::anyhow!(
+        "cannot get a kernel to run: {error:#}.\n\
+         Give one with --kernel FILE [--initrd FILE], or put these two files into {}:\n\
+         \x20 linux-image-*.deb     a Debian kernel package, e.g. the one that \
+         linux-image-cloud-amd64 depends on\n\
+         \x20 busybox-static_*.deb  the package busybox-static\n\
+         On a Debian machine with a network, apt-get download fetches both.",
+        cache.join("packages").display()
+    )
 }
 
 /// The guest that `current` names, if it verifies.
@@ -197,6 +207,8 @@ fn make(cache: &Path) -> Result<StockGuest> {
     }
     let digest = hex(&hash.finalize());
 
+    let bar = indicatif::ProgressBar::new_spinner().with_message("building the initial RAM disk");
+    bar.enable_steady_tick(std::time::Duration::from_millis(120));
     let root = scratch.dir("root")?;
     for p in &packages {
         fetch::unpack(p, &root)?;
@@ -205,6 +217,7 @@ fn make(cache: &Path) -> Result<StockGuest> {
     let kernel = kernel_in(&root)?;
     fs::copy(&kernel, new.join(KERNEL)).context("cannot copy the kernel")?;
     initramfs::write(&root, &new.join(INITRD))?;
+    bar.finish_and_clear();
     let sums = format!(
         "{}  {KERNEL}\n{}  {INITRD}\n",
         sha256(&new.join(KERNEL))?,

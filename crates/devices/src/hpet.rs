@@ -170,6 +170,19 @@ impl Registers {
         }
     }
 
+    /// Moves comparators without an interrupt past the expiries that nobody heard.
+    fn catch_up(&mut self, now_ns: u64) {
+        let counter = self.counter(now_ns);
+        if !self.is_enabled() {
+            return;
+        }
+        for c in &mut self.comparators {
+            if c.config & TN_INT_ENB == 0 && c.due.is_some_and(|d| d <= counter) {
+                c.plan_next(counter);
+            }
+        }
+    }
+
     fn read(&self, register: u64, now_ns: u64) -> u64 {
         match register {
             0x000 => CAPABILITIES,
@@ -229,10 +242,12 @@ impl Hpet {
         })
     }
 
-    /// Arms the timer for the comparator that is due first.
+    /// Arms the timer for the comparator that interrupts first. One whose interrupt is disabled
+    /// costs no wake-up: what it did meanwhile is worked out by [`Registers::catch_up`].
     fn schedule(&self) {
         let r = &self.regs;
-        let first = r.comparators.iter().filter_map(|c| c.due).min();
+        let heard = r.comparators.iter().filter(|c| c.config & TN_INT_ENB != 0);
+        let first = heard.filter_map(|c| c.due).min();
         let deadline = first.filter(|_| r.is_enabled()).map(|due| {
             r.since_ns
                 .saturating_add(due.saturating_sub(r.counter).saturating_mul(TICK_NS))
@@ -344,8 +359,8 @@ impl Hpet {
                         {
                             self.regs.status &= !(1 << n);
                         }
+                        // An expiry that is planned stays planned.
                         self.drive();
-                        return; // an expiry that is planned stays planned
                     }
                     0x08 => {
                         // §2.3.9.2.2: in periodic mode VAL_SET lets one write set the value;
@@ -391,12 +406,14 @@ impl TimedDevice for Hpet {
 impl MmioDevice for Hpet {
     fn mmio_read(&mut self, offset: u64, data: &mut [u8]) {
         let now = self.timer.now_ns();
+        self.regs.catch_up(now);
         for (at, b) in (offset..).zip(data) {
             *b = (self.regs.read(at & !7, now) >> (8 * (at & 7))) as u8;
         }
     }
     fn mmio_write(&mut self, offset: u64, data: &[u8]) {
         let now = self.timer.now_ns();
+        self.regs.catch_up(now);
         let register = offset & !7;
         // Parts of a register keep its other bytes; status bits are cleared only where written.
         let old = if register == 0x020 {

@@ -8,6 +8,7 @@
 //! [`Vm::send_msi`] and [`Vm::set_pic_intr`] and are reached by [`CpuIo::ack_pic`] and
 //! [`CpuIo::eoi`].
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 pub mod conformance;
@@ -118,8 +119,39 @@ pub trait Vm: Send + Sync {
     /// Brings pages that vCPUs wrote into `GuestMemory`'s dirty log, for engines whose log lives
     /// elsewhere. Call before `GuestMemory::take_dirty_log`, while all vCPUs are stopped.
     fn sync_dirty_log(&self) {}
+    /// Signals the eventfd `event` at each store of the guest to guest-physical address `gpa`, of
+    /// any size, without leaving to user space; such stores do not reach [`CpuIo`] any more.
+    /// `event` may be closed afterwards. Engines that cannot do this refuse.
+    fn add_ioeventfd(&self, gpa: u64, event: RawFd) -> Result<(), EngineError> {
+        let _ = (gpa, event);
+        Err(EngineError::Unsupported(
+            "this engine signals no event descriptors".to_owned(),
+        ))
+    }
+    /// Undoes [`Vm::add_ioeventfd`] with the same address and event.
+    fn remove_ioeventfd(&self, gpa: u64, event: RawFd) -> Result<(), EngineError> {
+        let _ = (gpa, event);
+        Ok(())
+    }
+    /// A message that is looked up once and then sent often; `None` if this engine gains nothing
+    /// by it, or has no more of them: [`Vm::send_msi`] always works.
+    fn open_irqfd(&self, addr: u64, data: u32) -> Option<Box<dyn Irqfd>> {
+        let _ = (addr, data);
+        None
+    }
+    /// What irqfds sent before has reached the local APICs when this returns. Call before state is
+    /// read, while all vCPUs are stopped and no irqfd is triggered.
+    fn settle_irqfds(&self) {}
     /// What a person may see.
     fn inspect(&self) -> pyrite_state::Inspect;
+}
+
+/// A message-signalled interrupt behind an event descriptor. Dropping it gives its place back.
+pub trait Irqfd: Send + Sync {
+    /// Sends the message. Never blocks.
+    fn trigger(&self);
+    /// Sends another message from now on.
+    fn route(&self, addr: u64, data: u32) -> Result<(), EngineError>;
 }
 
 /// Control of a running vCPU from another thread.

@@ -67,6 +67,12 @@ use self::udp::UdpTable;
 use crate::{FrameSink, MAX_FRAME_BYTES, NetBackend, Offloads};
 
 pub use self::config::UsernetConfig;
+
+/// True if the host gives this process ping sockets, so that a guest's echo requests can leave it.
+/// `net.ipv4.ping_group_range` says who gets them.
+pub fn ping_allowed() -> bool {
+    sys::ping_socket(false).is_ok()
+}
 pub use self::counters::CounterValues;
 pub use self::forward::{Forward, ForwardProtocol, ForwardSyntaxError};
 

@@ -48,6 +48,20 @@ pub struct MsiMessage {
 pub trait MsiSink: Send + Sync {
     /// Sends one message. Never blocks.
     fn send(&self, msi: MsiMessage);
+    /// A way of its own for a message that will be sent often; `None` if there is no better way
+    /// than [`MsiSink::send`].
+    fn open_route(&self, msi: MsiMessage) -> Option<Box<dyn MsiRoute>> {
+        let _ = msi;
+        None
+    }
+}
+
+/// A message that can be sent again and again without looking it up.
+pub trait MsiRoute: Send + Sync {
+    /// Sends it. Never blocks.
+    fn trigger(&self);
+    /// From now on another message; `false` if that failed.
+    fn change(&self, msi: MsiMessage) -> bool;
 }
 
 /// Receives the level of the PIC's INTR output.

@@ -21,7 +21,7 @@ pub mod pci;
 
 pub use bus::{AddressDecoder, Bus, MmioDevice, PioDevice};
 pub use clock::{DeviceTimer, TimedDevice, Timer, TimerTarget, VmClock};
-pub use irq::{IntrSink, IrqLine, IrqSink, MsiMessage, MsiSink};
+pub use irq::{IntrSink, IrqLine, IrqSink, MsiMessage, MsiRoute, MsiSink};
 pub use lifecycle::Lifecycle;
 pub use machine::MachineEvents;
 pub use pci::{BarKind, ConfigSpace, Dma, PciFunction, PciIds, PciInterrupts};

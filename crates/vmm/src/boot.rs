@@ -18,7 +18,7 @@ pub mod acpi;
 pub mod cpio;
 pub mod e820;
 mod elf;
-mod entry;
+pub(crate) mod entry;
 mod linux;
 mod lowmem;
 mod mptable;

@@ -26,6 +26,15 @@ impl Engine {
         }
     }
 
+    /// True if its VMs signal event descriptors (ioeventfd) at stores of the guest.
+    pub fn signals_descriptors(self) -> bool {
+        match self {
+            Engine::Kvm => true,
+            // Its vCPU threads call devices, which costs no exit.
+            Engine::Soft => false,
+        }
+    }
+
     /// Creates a VM.
     pub fn create(self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
         match self {
@@ -41,6 +50,11 @@ pub fn probe_kvm() -> Result<(), String> {
         KvmVerdict::Usable { .. } => Ok(()),
         KvmVerdict::Unusable { reason } => Err(reason),
     }
+}
+
+/// Whether guests can ping other hosts through the user network.
+pub fn guests_can_ping() -> bool {
+    pyrite_net::usernet::ping_allowed()
 }
 
 /// Decides, and says why in one line.

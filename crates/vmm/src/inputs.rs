@@ -32,6 +32,14 @@ pub fn check(spec: &VmSpec, with_boot: bool) -> Vec<SpecError> {
     if let Some(path) = &spec.vsock {
         errors.extend(check_vsock(path).err());
     }
+    for (field, path) in [("serial2", &spec.serial2), ("debugcon", &spec.debugcon)] {
+        if let Some(path) = path
+            && let Err(problem) = crate::output::check(path)
+        {
+            let problem = format!("{}: {problem}", path.display());
+            errors.push(SpecError::new(field, problem));
+        }
+    }
     errors
 }
 

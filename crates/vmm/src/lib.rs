@@ -4,6 +4,7 @@
 //! - [`boot`]: what is in memory and registers when the guest begins.
 //! - [`inputs`]: looks at the files of a specification before anything starts.
 //! - [`engines`]: which engine, and what CPUID says.
+//! - [`output`]: files that take what the guest writes to serial ports.
 //! - [`machine`]: memory, chipset, devices and engine, put together.
 //! - [`run`]: the state driver, the only place that changes what the VM does.
 //! - [`snapshot`]: a stopped machine as a directory.
@@ -12,7 +13,8 @@
 //! # Threads
 //!
 //! The state driver (the process's first thread), one thread per vCPU (`vcpu0` …), `timers`,
-//! `control`, `console-in`, `console-out`, and those of back ends. Everything that changes the
+//! `control`, `console-in`, `console-out`, on KVM one per virtio device that waits for its doorbells
+//! (`bell-blk0` …), and those of back ends. Everything that changes the
 //! state of the VM goes through the driver's queue.
 #![deny(unsafe_code)]
 
@@ -21,6 +23,7 @@ pub mod boot;
 pub mod engines;
 pub mod inputs;
 pub mod machine;
+pub mod output;
 pub mod process;
 pub mod run;
 pub mod snapshot;

@@ -3,29 +3,36 @@
 //! Assembling starts nothing. The [state driver](crate::run) owns the machine and is the only one
 //! that changes what it does.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use pyrite_api::v1::{ConsoleKind, NetKind, NetSpec, Protocol, SpecError, VmSpec};
 use pyrite_devices::acpi_pm::AcpiPm;
 use pyrite_devices::chipset::{Chipset, ChipsetConfig};
-use pyrite_devices::uart::NoSerial;
+use pyrite_devices::uart::{NoSerial, SerialBackend};
 use pyrite_disk::BlockBackend;
 use pyrite_disk::raw::RawDisk;
-use pyrite_engine::{CpuIo, CpuidTable, Vm, VmConfig};
+use pyrite_engine::{CpuIo, CpuidTable, Irqfd, Vm, VmConfig};
 use pyrite_mem::GuestMemory;
 use pyrite_net::NetBackend;
 use pyrite_net::usernet::{Forward, ForwardProtocol, Usernet, UsernetConfig};
 use pyrite_vdev::bus::lock;
-use pyrite_vdev::{IntrSink, Lifecycle, MachineEvents, MsiMessage, MsiSink, PciFunction, VmClock};
+use pyrite_vdev::pci::{DoorbellAt, DoorbellSink};
+use pyrite_vdev::{
+    IntrSink, Lifecycle, MachineEvents, MsiMessage, MsiRoute, MsiSink, PciFunction, VmClock,
+};
 use pyrite_virtio::{
-    Balloon, Blk, BlkConfig, Console as VirtioConsole, Net, NetConfig, PortConfig, Rng,
-    VirtioDevice, VirtioPciDevice, Vsock, VsockConfig,
+    Balloon, BalloonControl, Blk, BlkConfig, Console as VirtioConsole, Net, NetConfig, PortConfig,
+    Rng, VirtioDevice, VirtioPciDevice, Vsock, VsockConfig,
 };
 
 use crate::engines::Engine;
+use crate::output::OutputFile;
 use crate::run::console::Console;
 
+#[cfg(test)]
+mod doorbell_tests;
 #[cfg(test)]
 mod tests;
 
@@ -78,6 +85,8 @@ pub struct Machine {
     pub cpuid: CpuidTable,
     /// The console.
     pub console: Console,
+    /// The balloon, if the VM has one.
+    pub balloon: Option<BalloonControl>,
     /// Number of vCPUs.
     pub vcpus: u32,
 }
@@ -85,19 +94,64 @@ pub struct Machine {
 /// Devices are built before the engine's VM, which needs their buses; their interrupts go here and
 /// on to the engine once there is one.
 #[derive(Default)]
-struct EngineLink(OnceLock<Arc<dyn Vm>>);
+struct EngineLink {
+    vm: OnceLock<Arc<dyn Vm>>,
+    /// Doorbells that the engine answers, by PCI function. LOCK ORDER: root complex < this.
+    doorbells: Mutex<BTreeMap<u8, Vec<DoorbellAt>>>,
+}
 
 impl MsiSink for EngineLink {
     fn send(&self, msi: MsiMessage) {
-        if let Some(vm) = self.0.get() {
+        if let Some(vm) = self.vm.get() {
             vm.send_msi(msi.addr, msi.data);
         }
+    }
+    fn open_route(&self, msi: MsiMessage) -> Option<Box<dyn MsiRoute>> {
+        let irqfd = self.vm.get()?.open_irqfd(msi.addr, msi.data)?;
+        Some(Box::new(IrqfdRoute(irqfd)))
+    }
+}
+
+/// A device's message as the engine's irqfd.
+struct IrqfdRoute(Box<dyn Irqfd>);
+
+impl MsiRoute for IrqfdRoute {
+    fn trigger(&self) {
+        self.0.trigger();
+    }
+    fn change(&self, msi: MsiMessage) -> bool {
+        self.0
+            .route(msi.addr, msi.data)
+            .inspect_err(|e| tracing::debug!("{e}"))
+            .is_ok()
+    }
+}
+
+impl DoorbellSink for EngineLink {
+    fn replace(&self, devfn: u8, doorbells: &[DoorbellAt]) {
+        // Without a VM no guest has enabled a BAR yet.
+        let Some(vm) = self.vm.get() else { return };
+        let mut all = lock(&self.doorbells);
+        for d in all.remove(&devfn).unwrap_or_default() {
+            if let Err(e) = vm.remove_ioeventfd(d.gpa, d.doorbell.fd) {
+                tracing::warn!("{e}");
+            }
+        }
+        let mut there = Vec::new();
+        for d in doorbells {
+            match vm.add_ioeventfd(d.gpa, d.doorbell.fd) {
+                Ok(()) => there.push(*d),
+                // The guest put two devices at one address, perhaps. Stores arrive by the bus.
+                Err(e) => tracing::debug!(devfn, "{e}"),
+            }
+        }
+        all.insert(devfn, there);
     }
 }
 
 impl IntrSink for EngineLink {
     fn set_intr(&self, level: bool) {
-        if let Some(vm) = self.0.get() {
+        if let Some(vm) = self.vm.get() {
             vm.set_pic_intr(level);
         }
     }
@@ -156,9 +210,12 @@ impl Machine {
             events,
             wall_clock: Arc::new(wall_clock),
             vcpus: spec.cpus,
-            serial: [console.serial(), Box::new(NoSerial)],
-            debugcon: Box::new(NoSerial),
-            doorbells: None,
+            serial: [
+                console.serial(),
+                output("serial2", spec.serial2.as_deref())?,
+            ],
+            debugcon: output("debugcon", spec.debugcon.as_deref())?,
+            doorbells: Some(link.clone()),
         })
         .map_err(|e| AssemblyError::Host(e.into()))?;
         console.connect_uart(&chipset.uarts[0]);
@@ -170,10 +227,11 @@ impl Machine {
             chipset: &chipset,
             memory: &memory,
             msi: link.clone(),
+            doorbells: engine.signals_descriptors(),
             next: FIRST_SLOT,
             units: &mut units,
         };
-        plug_devices(spec, &console, &mut slots)?;
+        let balloon = plug_devices(spec, &console, &mut slots)?;
         units.extend(pci_host);
 
         let acpi_pm = Arc::clone(&chipset.pm);
@@ -194,7 +252,7 @@ impl Machine {
                 }
                 other => other,
             })?;
-        if link.0.set(Arc::clone(&vm)).is_err() {
+        if link.vm.set(Arc::clone(&vm)).is_err() {
             return Err(AssemblyError::Host(anyhow::anyhow!("engine linked twice")));
         }
         Ok(Machine {
@@ -206,6 +264,7 @@ impl Machine {
             vm,
             cpuid,
             console,
+            balloon,
             vcpus: spec.cpus,
         })
     }
@@ -227,6 +286,8 @@ struct Slots<'a> {
     chipset: &'a Chipset,
     memory: &'a Arc<GuestMemory>,
     msi: Arc<dyn MsiSink>,
+    /// Devices are notified by event descriptors.
+    doorbells: bool,
     next: u8,
     units: &'a mut Vec<Unit>,
 }
@@ -244,6 +305,10 @@ impl Slots<'_> {
             Arc::clone(&self.msi),
             line,
         );
+        if self.doorbells {
+            VirtioPciDevice::take_doorbells(&function)
+                .map_err(|e| host("event descriptors of a device")(e.into()))?;
+        }
         let pci: Arc<Mutex<dyn PciFunction>> = function.clone();
         self.chipset.pci.plug(slot, 0, pci).map_err(full)?;
         self.units.push(function);
@@ -253,12 +318,12 @@ impl Slots<'_> {
 }
 
 /// The virtio devices of a specification, in slot order: disks, network, console, entropy,
-/// balloon, vsock.
+/// balloon, vsock. Returns the control of the balloon.
 fn plug_devices(
     spec: &VmSpec,
     console: &Console,
     slots: &mut Slots<'_>,
-) -> Result<(), AssemblyError> {
+) -> Result<Option<BalloonControl>, AssemblyError> {
     for (n, d) in spec.disks.iter().enumerate() {
         let backend = open_disk(&d.path, d.read_only).map_err(|e| {
             input(
@@ -294,8 +359,10 @@ fn plug_devices(
     }
     let rng = Rng::new().map_err(|e| host("entropy source")(e.into()))?;
     slots.plug("virtio-rng0", Box::new(rng))?;
+    let mut control = None;
     if spec.balloon {
         let balloon = Balloon::new().map_err(|e| host("memory balloon")(e.into()))?;
+        control = Some(balloon.control());
         slots.plug("virtio-balloon0", Box::new(balloon))?;
     }
     if let Some(path) = &spec.vsock {
@@ -307,7 +374,17 @@ fn plug_devices(
             .map_err(|e| input("vsock", format!("cannot listen on {}: {e}", path.display())))?;
         slots.plug("virtio-vsock0", Box::new(vsock))?;
     }
-    Ok(())
+    Ok(control)
+}
+
+/// The file for the output of a port, or nothing.
+fn output(field: &str, path: Option<&Path>) -> Result<Box<dyn SerialBackend>, AssemblyError> {
+    let Some(path) = path else {
+        return Ok(Box::new(NoSerial));
+    };
+    let file =
+        OutputFile::open(path).map_err(|e| input(field, format!("{}: {e}", path.display())))?;
+    Ok(Box::new(file))
 }
 
 fn open_disk(path: &Path, read_only: bool) -> Result<Arc<dyn BlockBackend>, String> {

@@ -81,6 +81,9 @@ fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
         time_limit_ms: now.time_limit_ms,
         restore: now.restore.clone(),
         paused: now.paused,
+        // Files of the host are named by who runs the VM, not by a file.
+        serial2: now.serial2.clone(),
+        debugcon: now.debugcon.clone(),
         net,
         ..saved
     }

@@ -438,6 +438,7 @@ impl Running {
                 self.d.machine.console.send_break();
                 Ok(Outcome::Done)
             }
+            Command::Balloon { bytes } => self.balloon(bytes).map(|()| Outcome::Done),
             Command::Inspect { path } => match self.inspect().at(&path) {
                 Some(t) => Ok(Outcome::Tree(tree(t))),
                 None => Ok(Outcome::Failed(format!("there is no {path}"))),
@@ -454,6 +455,22 @@ impl Running {
             },
         );
         ending
+    }
+
+    /// Takes memory from the guest; how fast it gives it is up to its driver.
+    fn balloon(&self, bytes: u64) -> Result<()> {
+        let m = &self.d.machine;
+        let Some(balloon) = &m.balloon else {
+            bail!("this VM has no balloon; start it with --balloon");
+        };
+        if bytes >= m.memory.size_bytes() {
+            bail!(
+                "the guest has {} MiB in all; ask for less",
+                m.memory.size_bytes() >> 20
+            );
+        }
+        balloon.set_target(bytes);
+        Ok(())
     }
 
     /// Lets everything run.
@@ -501,6 +518,7 @@ impl Running {
                 std::thread::sleep(Duration::from_micros(200));
             }
         }
+        self.d.machine.vm.settle_irqfds();
         Ok(())
     }
 
@@ -614,6 +632,8 @@ impl Running {
             state_crc: 0,
             memory_crc: 0,
             cpuid: snapshot::cpuid_rows(&m.cpuid),
+            tsc_khz: m.vm.caps().tsc_khz,
+            manifest_crc: 0,
         };
         snapshot::write(dir, &manifest, &sections, &m.memory)
     }
@@ -623,6 +643,7 @@ impl Running {
         let manifest = snapshot::Manifest::read(dir).map_err(anyhow::Error::msg)?;
         let mut sections = snapshot::read_sections(dir, &manifest)?;
         let m = &self.d.machine;
+        snapshot::same_tsc(manifest.0.tsc_khz, m.vm.caps().tsc_khz)?;
         m.clock.set_ns(manifest.0.clock_ns);
         self.booted_at_ns = manifest.0.clock_ns;
         snapshot::read_memory(dir, &manifest, &m.memory)?;
@@ -657,6 +678,8 @@ fn portable(spec: &VmSpec) -> Result<VmSpec> {
     let mut s = VmSpec {
         restore: None,
         paused: false,
+        serial2: None,
+        debugcon: None,
         ..spec.clone()
     };
     let boot = &mut s.boot;

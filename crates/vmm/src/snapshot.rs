@@ -96,6 +96,27 @@ pub fn cpuid_rows(table: &CpuidTable) -> Vec<[u32; 7]> {
     table.entries.iter().map(row).collect()
 }
 
+/// LIMIT: how far the TSC may be from what the guest measured at its boot, in parts per million:
+/// what a clock daemon in the guest can make up for, and more than two measurements differ by.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Whether a guest that knows a TSC of `theirs` kHz can go on with one of `here` kHz. It reads the
+/// counter without asking anybody, so nothing can be put right under it.
+pub fn same_tsc(theirs: u64, here: u64) -> Result<()> {
+    let mhz = |khz: u64| format!("{}.{:03}", khz / 1000, khz % 1000);
+    if u128::from(theirs.abs_diff(here)) * 1_000_000
+        > u128::from(theirs) * u128::from(TSC_TOLERANCE_PPM)
+    {
+        bail!(
+            "its guest counts time with a TSC of {} MHz, and this host's TSC runs at {} MHz: its \
+             clocks would be wrong. Restore it on a host of the same frequency",
+            mhz(theirs),
+            mhz(here)
+        );
+    }
+    Ok(())
+}
+
 /// Writes a snapshot into the new directory `dir`. On error nothing is left behind.
 pub fn write(
     dir: &Path,

@@ -37,6 +37,14 @@ if [ -d /sys/class/net/eth0 ]; then
     udhcpc -i eth0 -s /etc/udhcpc.script -t 5 -T 1 -b >/dev/null 2>&1
 fi
 
+# The power button ends the guest as `poweroff` does.
+if [ -c /dev/input/event0 ]; then
+    mkdir -p /etc/acpi/PWRF
+    printf '#!/bin/sh\nsync\npoweroff -f\n' >/etc/acpi/PWRF/00000080
+    chmod 755 /etc/acpi/PWRF/00000080
+    acpid -l /dev/null
+fi
+
 exec <"/dev/$tty" >"/dev/$tty" 2>&1
 [ -n "$size" ] && [ "$tty" = ttyS0 ] && stty cols "${size%x*}" rows "${size#*x}"
 address=$(ip -4 -o addr show dev eth0 2>/dev/null | awk '{ print $4 }')

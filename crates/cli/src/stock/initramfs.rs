@@ -10,7 +10,7 @@ use pyrite_vmm::boot::cpio::CpioWriter;
 use super::modules;
 
 /// Modules for the devices of the machine, in the order of their use; dependencies are added.
-const MODULES: [&str; 9] = [
+const MODULES: [&str; 11] = [
     "virtio_pci",
     "virtio_console",
     "af_packet",
@@ -20,6 +20,9 @@ const MODULES: [&str; 9] = [
     "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "ext4",
+    // The power button, for the shell's acpid.
+    "button",
+    "evdev",
 ];
 
 const INIT: &str = include_str!("init.sh");

@@ -107,6 +107,28 @@ fn periodic_legacy_replacement_takes_irq_0() {
 }
 
 #[test]
+fn a_periodic_comparator_without_interrupt_takes_no_wake_ups() {
+    let r = rig();
+    r.write(0x10, 3);
+    r.write(0x100, TN_INT_ENB | TN_TYPE_PERIODIC | TN_VAL_SET);
+    r.write(0x108, 100_000);
+    r.write(0x108, 50_000);
+    r.clock.advance(1_500_000);
+    assert_eq!(r.rises(), [0, 0]);
+    // As Linux leaves it when it has found a better clock event device.
+    r.write(0x100, TN_TYPE_PERIODIC);
+    assert_eq!(r.clock.next_deadline_ns(), None);
+    r.clock.advance(10_250_000);
+    assert!(r.rises().is_empty());
+    // The comparator has gone on, and interrupts again in its old rhythm.
+    assert_eq!(r.read(0x108), 1_200_000);
+    r.write(0x100, TN_INT_ENB | TN_TYPE_PERIODIC);
+    assert_eq!(r.clock.next_deadline_ns(), Some(12_000_000));
+    r.clock.advance(250_000);
+    assert_eq!(r.rises(), [0]);
+}
+
+#[test]
 fn tiny_period_is_merged() {
     let r = rig();
     r.write(0x10, 3);

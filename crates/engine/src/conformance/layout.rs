@@ -29,7 +29,9 @@ const HANDLERS64: u64 = 0x4400;
 const STUBS32: u64 = 0x4800;
 const HANDLERS32: u64 = 0x4c00;
 const GIVE_UP: u64 = 0x4700;
-const VARIABLES: u64 = 0x6000;
+pub(super) const VARIABLES: u64 = 0x6000;
+/// Bytes of variables that show whether a guest gets on.
+pub(super) const VARIABLES_BYTES: usize = 0x800;
 const TSS64: u64 = 0x5400;
 const TSS32: u64 = 0x5600;
 /// The I/O permission bitmap allows ports 0-FFH to every ring.

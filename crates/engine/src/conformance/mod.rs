@@ -14,11 +14,12 @@ mod asm;
 mod board;
 mod guests;
 mod layout;
+mod patience;
 mod probes;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::mpsc::{self, RecvTimeoutError};
 
 use pyrite_mem::GuestMemory;
 use pyrite_x86::CpuState;
@@ -26,10 +27,8 @@ use pyrite_x86::CpuState;
 use crate::{CpuidEntry, CpuidTable, EngineError, StopReason, Vcpu, Vm, VmConfig};
 use board::Board;
 use layout::Entry;
+use patience::Patience;
 pub(crate) use probes::{ProbeGuest, probe_guest};
-
-/// LIMIT: a guest that has not ended by then has failed.
-const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Makes a VM of the engine under test.
 pub type Factory<'a> = &'a dyn Fn(VmConfig) -> Result<Arc<dyn Vm>, EngineError>;
@@ -239,27 +238,54 @@ impl Rig {
         Ok(vcpus)
     }
 
+    /// A number that changes when the guest reports something or changes its variables.
+    fn progress(&self) -> u64 {
+        let mut variables = [0u8; layout::VARIABLES_BYTES];
+        let mut hash = DefaultHasher::new();
+        // RAM is there; without, the reports alone count.
+        let _ = self.memory.read(layout::VARIABLES, &mut variables);
+        (self.board.trace().len(), variables).hash(&mut hash);
+        hash.finish()
+    }
+
     /// Runs all vCPUs until they have stopped.
     fn run(&self, vcpus: Vec<Box<dyn Vcpu>>) -> Result<Stopped, String> {
         let (tx, rx) = mpsc::channel();
+        let (name_tx, names) = mpsc::channel();
         let count = vcpus.len();
         for (n, mut v) in vcpus.into_iter().enumerate() {
-            let tx = tx.clone();
+            let (tx, name_tx) = (tx.clone(), name_tx.clone());
             std::thread::spawn(move || {
+                // The receiver waits for all.
+                let _ = name_tx.send(patience::this_thread());
+                drop(name_tx);
                 let reason = v.run();
                 // The receiver is gone only if this test has already failed.
                 let _ = tx.send((n, v, reason));
             });
         }
         let mut done: Vec<Option<(Box<dyn Vcpu>, StopReason)>> = (0..count).map(|_| None).collect();
-        let mut timed_out = false;
+        drop((tx, name_tx));
+        let mut patience = Patience::new(names.iter().flatten().collect());
+        let mut timed_out = None;
         for _ in 0..count {
-            let got = rx.recv_timeout(TIMEOUT).or_else(|_| {
-                timed_out = true;
-                self.board.stop_all();
-                rx.recv_timeout(TIMEOUT)
-            });
-            let Ok((n, v, reason)) = got else {
+            patience.renew();
+            let got = loop {
+                match rx.recv_timeout(patience::TICK) {
+                    Ok(got) => break Some(got),
+                    Err(RecvTimeoutError::Disconnected) => break None,
+                    Err(RecvTimeoutError::Timeout) => {}
+                }
+                if let Some(why) = patience.lost(self.progress()) {
+                    if timed_out.is_some() {
+                        break None;
+                    }
+                    timed_out = Some(why);
+                    patience.renew();
+                    self.board.stop_all();
+                }
+            };
+            let Some((n, v, reason)) = got else {
                 return Err(format!(
                     "a vCPU does not stop; trace {}",
                     self.board.trace_text()
@@ -271,7 +297,7 @@ impl Rig {
             done[n] = Some((v, reason));
         }
         let mut done: Vec<_> = done.into_iter().flatten().collect();
-        if timed_out {
+        if let Some(why) = timed_out {
             let at: Vec<String> = done
                 .iter_mut()
                 .map(|(v, _)| match v.state() {
@@ -280,7 +306,7 @@ impl Rig {
                 })
                 .collect();
             let trace = self.board.trace_text();
-            return Err(format!("timed out at {}; trace {trace}", at.join(", ")));
+            return Err(format!("{why}, at {}; trace {trace}", at.join(", ")));
         }
         Ok(done)
     }

@@ -22,34 +22,30 @@
 )]
 
 pub mod cpuid;
+mod events;
 mod ioctl;
 mod limits;
 mod state;
 mod vcpu;
 
-use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES,
-    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_msi,
-    kvm_msi, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data,
+    kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use pyrite_mem::GuestMemory;
 use pyrite_state::Inspect;
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::{CpuIo, EngineCaps, EngineError, Vcpu, VcpuControl, Vm, VmConfig};
+use crate::{CpuIo, EngineCaps, EngineError, Irqfd, Vcpu, VcpuControl, Vm, VmConfig};
+use events::{RESERVED_ROUTES, Routes};
 pub use limits::known_limits;
 pub use vcpu::KvmVcpu;
 
-/// GSIs whose level-triggered routes make EOI exits: as many as the IO-APIC has pins.
-const RESERVED_ROUTES: u32 = 24;
-/// LIMIT: GSIs for irqfds, one each (KVM's own bound is 4096 routes).
-const MAX_IRQFDS: u32 = 1024;
 /// Level-triggered, in the data word of an MSI. Intel SDM Vol. 3A §10.11.2.
 const MSI_LEVEL: u32 = 1 << 15;
 
@@ -65,39 +61,6 @@ pub(crate) fn os<E: Into<io::Error>>(what: &str) -> impl FnOnce(E) -> EngineErro
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The MSI messages behind the GSIs.
-#[derive(Default)]
-struct Routes {
-    /// Ring of level-triggered messages on the reserved GSIs, and the slot to overwrite next.
-    level: Vec<(u64, u32)>,
-    next: usize,
-    /// Messages of irqfds by GSI.
-    irqfds: BTreeMap<u32, (u64, u32)>,
-}
-
-impl Routes {
-    fn entries(&self) -> Vec<kvm_irq_routing_entry> {
-        let level = self.level.iter().enumerate().map(|(n, m)| (n as u32, *m));
-        level
-            .chain(self.irqfds.iter().map(|(g, m)| (*g, *m)))
-            .map(|(gsi, (addr, data))| {
-                let mut e = kvm_irq_routing_entry {
-                    gsi,
-                    type_: KVM_IRQ_ROUTING_MSI,
-                    ..kvm_irq_routing_entry::default()
-                };
-                e.u.msi = kvm_irq_routing_msi {
-                    address_lo: addr as u32,
-                    address_hi: (addr >> 32) as u32,
-                    data,
-                    ..kvm_irq_routing_msi::default()
-                };
-                e
-            })
-            .collect()
-    }
 }
 
 /// How other threads reach a vCPU.
@@ -135,6 +98,7 @@ struct Shared {
     running: Mutex<u32>,
     xsave_bytes: usize,
     has_sregs2: bool,
+    routes: Mutex<Routes>,
 }
 
 impl Shared {
@@ -164,7 +128,6 @@ pub struct KvmVm {
     shared: Arc<Shared>,
     caps: EngineCaps,
     vcpus: Mutex<Vec<Option<KvmVcpu>>>,
-    routes: Mutex<Routes>,
     logging: AtomicBool,
     failed_msis: AtomicU32,
 }
@@ -232,6 +195,7 @@ impl KvmVm {
             pic_intr: AtomicBool::new(false),
             remotes: (0..config.vcpus).map(|_| Arc::default()).collect(),
             running: Mutex::new(0),
+            routes: Mutex::default(),
         });
         let mut vm = KvmVm {
             shared,
@@ -241,7 +205,6 @@ impl KvmVm {
                 tsc_khz: 0,
             },
             vcpus: Mutex::new(Vec::new()),
-            routes: Mutex::default(),
             logging: AtomicBool::new(false),
             failed_msis: AtomicU32::new(0),
         };
@@ -284,78 +247,6 @@ impl KvmVm {
                 .map_err(os("give RAM to KVM"))?;
         }
         Ok(())
-    }
-
-    fn load_routes(&self, routes: &Routes) -> Result<(), EngineError> {
-        let table = KvmIrqRouting::from_entries(&routes.entries())
-            .map_err(|e| EngineError::Internal(format!("interrupt routes: {e:?}")))?;
-        self.shared
-            .fd
-            .set_gsi_routing(&table)
-            .map_err(os("set KVM's interrupt routes"))
-    }
-
-    /// Delivers the message `addr`/`data` whenever `event` is written, without a vCPU exit.
-    /// Returns the GSI, to be given to [`KvmVm::unregister_irqfd`].
-    pub fn register_irqfd(
-        &self,
-        event: &EventFd,
-        addr: u64,
-        data: u32,
-    ) -> Result<u32, EngineError> {
-        let mut routes = lock(&self.routes);
-        let gsi = (RESERVED_ROUTES..RESERVED_ROUTES + MAX_IRQFDS)
-            .find(|g| !routes.irqfds.contains_key(g))
-            .ok_or_else(|| EngineError::Unsupported(format!("more than {MAX_IRQFDS} irqfds")))?;
-        routes.irqfds.insert(gsi, (addr, data));
-        let done = self.load_routes(&routes).and_then(|()| {
-            self.shared
-                .fd
-                .register_irqfd(event, gsi)
-                .map_err(os("register an irqfd"))
-        });
-        if done.is_err() {
-            routes.irqfds.remove(&gsi);
-        }
-        done.map(|()| gsi)
-    }
-
-    /// Changes the message of an irqfd (the guest rewrote its MSI-X table).
-    pub fn route_irqfd(&self, gsi: u32, addr: u64, data: u32) -> Result<(), EngineError> {
-        let mut routes = lock(&self.routes);
-        match routes.irqfds.get_mut(&gsi) {
-            Some(m) => *m = (addr, data),
-            None => return Err(EngineError::Internal(format!("GSI {gsi} has no irqfd"))),
-        }
-        self.load_routes(&routes)
-    }
-
-    /// Undoes [`KvmVm::register_irqfd`].
-    pub fn unregister_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
-        self.shared
-            .fd
-            .unregister_irqfd(event, gsi)
-            .map_err(os("remove an irqfd"))?;
-        let mut routes = lock(&self.routes);
-        routes.irqfds.remove(&gsi);
-        self.load_routes(&routes)
-    }
-
-    /// Signals `event` when the guest stores to guest-physical address `gpa` (any size), without
-    /// leaving to user space. Stores do not reach `CpuIo` any more.
-    pub fn register_ioeventfd(&self, event: &EventFd, gpa: u64) -> Result<(), EngineError> {
-        self.shared
-            .fd
-            .register_ioevent(event, &IoEventAddress::Mmio(gpa), NoDatamatch)
-            .map_err(os("register an ioeventfd"))
-    }
-
-    /// Undoes [`KvmVm::register_ioeventfd`].
-    pub fn unregister_ioeventfd(&self, event: &EventFd, gpa: u64) -> Result<(), EngineError> {
-        self.shared
-            .fd
-            .unregister_ioevent(event, &IoEventAddress::Mmio(gpa), NoDatamatch)
-            .map_err(os("remove an ioeventfd"))
     }
 
     fn pull_dirty_log(&self) -> Result<(), EngineError> {
@@ -409,18 +300,7 @@ impl Vm for KvmVm {
 
     fn send_msi(&self, addr: u64, data: u32) {
         if data & MSI_LEVEL != 0 {
-            let mut routes = lock(&self.routes);
-            if !routes.level.contains(&(addr, data)) {
-                let slot = routes.next;
-                match routes.level.get_mut(slot) {
-                    Some(m) => *m = (addr, data),
-                    None => routes.level.push((addr, data)),
-                }
-                routes.next = (slot + 1) % RESERVED_ROUTES as usize;
-                if let Err(e) = self.load_routes(&routes) {
-                    tracing::error!("{e}; level interrupts may stop");
-                }
-            }
+            self.shared.keep_level_route(addr, data);
         }
         let msi = kvm_msi {
             address_lo: addr as u32,
@@ -478,8 +358,32 @@ impl Vm for KvmVm {
         }
     }
 
+    fn add_ioeventfd(&self, gpa: u64, event: RawFd) -> Result<(), EngineError> {
+        self.shared.add_ioeventfd(gpa, event)
+    }
+
+    fn remove_ioeventfd(&self, gpa: u64, event: RawFd) -> Result<(), EngineError> {
+        self.shared.remove_ioeventfd(gpa, event)
+    }
+
+    fn open_irqfd(&self, addr: u64, data: u32) -> Option<Box<dyn Irqfd>> {
+        match events::KvmIrqfd::open(&self.shared, addr, data) {
+            Ok(irqfd) => Some(Box::new(irqfd)),
+            Err(e) => {
+                tracing::debug!("no irqfd: {e}");
+                None
+            }
+        }
+    }
+
+    fn settle_irqfds(&self) {
+        if let Err(e) = self.shared.settle_irqfds() {
+            tracing::error!("irqfds: {e}");
+        }
+    }
+
     fn inspect(&self) -> Inspect {
-        let routes = lock(&self.routes);
+        let routes = lock(&self.shared.routes);
         Inspect::node([
             ("engine", Inspect::Text("kvm".to_owned())),
             ("vcpus", Inspect::Uint(self.shared.remotes.len() as u64)),

@@ -1,6 +1,9 @@
 //! CPUID per vCPU; on machines with KVM also event descriptors, the dirty log and failures.
 
+use std::os::fd::AsRawFd;
 use std::time::Instant;
+
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::{CpuidEntry, CpuidTable, StopReason, conformance};
@@ -172,18 +175,60 @@ fn event_descriptors_come_and_go() {
     let Some((vm, _vcpu, _)) = vm(&[0xf4]) else {
         return;
     };
-    let (a, b) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
-    let gsi = vm.register_irqfd(&a, 0xfee0_0000, 0x41).unwrap();
-    assert!(gsi >= RESERVED_ROUTES);
-    let other = vm.register_irqfd(&b, 0xfee0_0000, 0x42).unwrap();
-    assert_ne!(gsi, other);
-    vm.route_irqfd(gsi, 0xfee0_0000, 0x43).unwrap();
-    vm.unregister_irqfd(&a, gsi).unwrap();
-    assert!(vm.route_irqfd(gsi, 0xfee0_0000, 0x43).is_err());
-    vm.unregister_irqfd(&b, other).unwrap();
-    vm.register_ioeventfd(&a, 0xd000_0000).unwrap();
-    vm.unregister_ioeventfd(&a, 0xd000_0000).unwrap();
-    assert!(vm.unregister_ioeventfd(&a, 0xd000_0000).is_err());
+    let open = |data| events::KvmIrqfd::open(&vm.shared, 0xfee0_0000, data).unwrap();
+    let (a, b) = (open(0x41), open(0x42));
+    assert!(a.gsi >= RESERVED_ROUTES);
+    assert_ne!(a.gsi, b.gsi);
+    a.route(0xfee0_0000, 0x43).unwrap();
+    vm.settle_irqfds();
+    drop(a);
+    assert_eq!(lock(&vm.shared.routes).irqfds.len(), 1);
+    drop(b);
+    assert_eq!(lock(&vm.shared.routes).irqfds.len(), 0);
+    let event = EventFd::new(0).unwrap();
+    let fd = event.as_raw_fd();
+    vm.add_ioeventfd(0xd000_0000, fd).unwrap();
+    assert!(vm.add_ioeventfd(0xd000_0000, fd).is_err(), "taken");
+    vm.remove_ioeventfd(0xd000_0000, fd).unwrap();
+    assert!(vm.remove_ioeventfd(0xd000_0000, fd).is_err());
+    assert!(vm.add_ioeventfd(0xd000_0000, -1).is_err());
+}
+
+/// The vectors that wait in a local APIC.
+fn irr(vcpu: &mut dyn Vcpu) -> Vec<u32> {
+    let regs = vcpu.state().unwrap().apic.regs;
+    (0..256)
+        .filter(|v| regs[0x20 + (v / 32) as usize] >> (v % 32) & 1 != 0)
+        .collect()
+}
+
+#[test]
+fn a_store_signals_and_a_trigger_interrupts() {
+    // mov $0xffff, %ax; mov %ax, %ds; mov %ax, 0x20 (= 0x100010); out %al, $0xf4; jmp .
+    let code = [
+        0xb8, 0xff, 0xff, 0x8e, 0xd8, 0xa3, 0x20, 0x00, 0xe6, 0xf4, 0xeb, 0xfe,
+    ];
+    let Some((vm, mut vcpu, _)) = vm(&code) else {
+        return;
+    };
+    let mut s = vcpu.state().unwrap();
+    s.apic.regs[0xf] |= 1 << 8;
+    vcpu.set_state(&s).unwrap();
+    let event = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    vm.add_ioeventfd(0x10_0010, event.as_raw_fd()).unwrap();
+    assert!(matches!(vcpu.run(), StopReason::Requested));
+    assert_eq!(event.read().unwrap(), 1);
+
+    let irqfd = vm.open_irqfd(0xfee0_0000, 0x41).unwrap();
+    irqfd.trigger();
+    vm.settle_irqfds();
+    assert_eq!(irr(&mut *vcpu), [0x41]);
+    irqfd.route(0xfee0_0000, 0x52).unwrap();
+    vm.settle_irqfds();
+    assert_eq!(irr(&mut *vcpu), [0x41], "settling sends nothing");
+    irqfd.trigger();
+    vm.settle_irqfds();
+    assert_eq!(irr(&mut *vcpu), [0x41, 0x52]);
 }
 
 #[test]
@@ -194,7 +239,10 @@ fn level_routes_are_bounded() {
     for n in 0..100 {
         vm.send_msi(0xfee0_0000, 0xc020 + n);
     }
-    assert_eq!(lock(&vm.routes).level.len(), RESERVED_ROUTES as usize);
+    assert_eq!(
+        lock(&vm.shared.routes).level.len(),
+        RESERVED_ROUTES as usize
+    );
 }
 
 #[test]

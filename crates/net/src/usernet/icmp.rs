@@ -129,11 +129,18 @@ struct Ping {
 }
 
 /// Echo requests that are under way through the host.
-pub(super) struct Pings(Slab<Ping>);
+pub(super) struct Pings {
+    slab: Slab<Ping>,
+    /// It was said that the host permits no pings.
+    told: bool,
+}
 
 impl Pings {
     pub(super) fn new() -> Pings {
-        Pings(Slab::new(Kind::Ping))
+        Pings {
+            slab: Slab::new(Kind::Ping),
+            told: false,
+        }
     }
 
     /// An ICMP packet from the guest. False if it is malformed.
@@ -246,7 +253,7 @@ impl Pings {
         };
         let to = SocketAddr::new(to.ip(), 0);
         let known = self
-            .0
+            .slab
             .iter()
             .find(|(_, p)| p.guest == guest && p.ident == ident && p.target == target)
             .map(|(token, _)| token);
@@ -255,12 +262,12 @@ impl Pings {
             None => match self.open(env, guest, target, ident) {
                 Ok(token) => token,
                 Err(e) => {
-                    tracing::debug!("no ping socket: {e}");
-                    return unreachable(&mut env.link, &quote, Reason::Host);
+                    self.tell(&e);
+                    return unreachable(&mut env.link, &quote, Reason::Prohibited);
                 }
             },
         };
-        let Some(ping) = self.0.get_mut(token) else {
+        let Some(ping) = self.slab.get_mut(token) else {
             return;
         };
         ping.used = env.now;
@@ -271,6 +278,16 @@ impl Pings {
         }
     }
 
+    /// Says once why pings go nowhere: the guest's ping seldom shows what it is told.
+    fn tell(&mut self, e: &std::io::Error) {
+        if !std::mem::replace(&mut self.told, true) {
+            tracing::warn!(
+                "the guest's pings to other hosts are refused: no ping socket ({e}); to allow them, \
+                 as root: sysctl -w net.ipv4.ping_group_range=\"0 2147483647\""
+            );
+        }
+    }
+
     fn open(
         &mut self,
         env: &mut Env,
@@ -278,10 +295,10 @@ impl Pings {
         target: IpAddr,
         ident: u16,
     ) -> std::io::Result<u64> {
-        if self.0.len() >= PINGS
-            && let Some((oldest, _)) = self.0.iter().min_by_key(|(_, p)| p.used)
+        if self.slab.len() >= PINGS
+            && let Some((oldest, _)) = self.slab.iter().min_by_key(|(_, p)| p.used)
         {
-            self.0.remove(oldest);
+            self.slab.remove(oldest);
         }
         let socket = sys::ping_socket(target.is_ipv6())?;
         let ping = Ping {
@@ -291,8 +308,8 @@ impl Pings {
             socket,
             used: env.now,
         };
-        let token = self.0.insert(ping);
-        if let Some(ping) = self.0.get(token) {
+        let token = self.slab.insert(ping);
+        if let Some(ping) = self.slab.get(token) {
             env.poller.add(&ping.socket, token)?;
         }
         Ok(token)
@@ -300,7 +317,7 @@ impl Pings {
 
     /// Answers have come.
     pub(super) fn host_event(&mut self, env: &mut Env, token: u64) {
-        let Some(ping) = self.0.get_mut(token) else {
+        let Some(ping) = self.slab.get_mut(token) else {
             return;
         };
         let mut buf = vec![0; usize::from(u16::MAX)];
@@ -346,13 +363,13 @@ impl Pings {
     /// Closes what has been silent. Called every few seconds.
     pub(super) fn sweep(&mut self, now: Instant) {
         let old: Vec<u64> = self
-            .0
+            .slab
             .iter()
             .filter(|(_, p)| now.duration_since(p.used) > PING_IDLE)
             .map(|(t, _)| t)
             .collect();
         for token in old {
-            self.0.remove(token);
+            self.slab.remove(token);
         }
     }
 }

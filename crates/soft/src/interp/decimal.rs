@@ -56,6 +56,16 @@ fn packed(v: &mut SoftVcpu, add: bool) -> Done {
         out |= CF;
     }
     al &= 0xff;
+    // Formally undefined: that of the one addition or subtraction.
+    let by = if add {
+        al.wrapping_sub(old)
+    } else {
+        old.wrapping_sub(al)
+    };
+    let same_sign = if add { !(old ^ by) } else { old ^ by };
+    if same_sign & (old ^ al) & 0x80 != 0 {
+        out |= OF;
+    }
     write_reg(v, Register::AL, al);
     set_flags(v, out | byte_flags(al));
     Ok(Next::Sequential)
@@ -73,19 +83,31 @@ pub fn das(v: &mut SoftVcpu, _: &Op) -> Done {
 
 fn unpacked(v: &mut SoftVcpu, add: bool) -> Done {
     let ax = read_reg(v, Register::AX);
-    let mut out = 0;
-    let mut new = ax;
-    if ax & 0xf > 9 || v.frame.cpu.rflags & AF != 0 {
-        new = if add {
-            ax.wrapping_add(0x106)
-        } else {
-            ax.wrapping_sub(0x106)
-        };
-        out = AF | CF;
+    let (by, mut out) = if ax & 0xf > 9 || v.frame.cpu.rflags & AF != 0 {
+        (0x106, AF | CF)
+    } else {
+        (0, 0)
+    };
+    let new = if add {
+        ax.wrapping_add(by) & 0xffff
+    } else {
+        ax.wrapping_sub(by) & 0xffff
+    };
+    // OF, SF, ZF and PF, formally undefined, are those of the 16-bit operation, before the high
+    // half of AL is cleared.
+    let same_sign = if add { !(ax ^ by) } else { ax ^ by };
+    if same_sign & (ax ^ new) & 0x8000 != 0 {
+        out |= OF;
     }
-    new &= 0xff0f;
-    write_reg(v, Register::AX, new);
-    set_flags(v, out | byte_flags(new));
+    if new & 0x8000 != 0 {
+        out |= SF;
+    }
+    if new == 0 {
+        out |= ZF;
+    }
+    out |= byte_flags(new) & PF;
+    write_reg(v, Register::AX, new & 0xff0f);
+    set_flags(v, out);
     Ok(Next::Sequential)
 }
 

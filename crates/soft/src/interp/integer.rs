@@ -397,8 +397,8 @@ pub fn pop(v: &mut SoftVcpu, op: &Op) -> Done {
 /// PUSHA, PUSHAD.
 pub fn pusha(v: &mut SoftVcpu, op: &Op) -> Done {
     let size = op.size as u64;
-    // The lowest slot first, so that a fault comes before any effect in most cases.
-    for n in (0..8u64).rev() {
+    // As the processor does it: EAX to the highest slot first.
+    for n in 0..8u64 {
         let x = v.frame.cpu.gpr[n as usize];
         let below = size.wrapping_mul(n + 1).wrapping_neg();
         stack::write_stack(v, below, x, op.size)?;
@@ -412,7 +412,7 @@ pub fn pusha(v: &mut SoftVcpu, op: &Op) -> Done {
 pub fn popa(v: &mut SoftVcpu, op: &Op) -> Done {
     let size = op.size as u64;
     let mut values = [0u64; 8];
-    for (n, x) in values.iter_mut().enumerate() {
+    for (n, x) in values.iter_mut().enumerate().rev() {
         *x = stack::read_stack(v, size * (7 - n as u64), op.size)?;
     }
     for (n, &x) in values.iter().enumerate() {

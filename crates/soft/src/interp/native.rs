@@ -651,10 +651,15 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
             let seg = segment(&op.i);
             let first = lanes.trailing_zeros() as u64 * m.lanes.element as u64;
             if lanes != 0 {
-                let o = offset(v, &op.i).wrapping_add(first) & address_mask(&op.i);
+                let o = offset(v, &op.i).wrapping_add(first);
+                // In 64-bit mode addresses wrap, elsewhere they run into the limit.
+                let (o, wraps) = match op.bits {
+                    64 => (o & address_mask(&op.i), false),
+                    _ => (o, o > 0xffff_ffff),
+                };
                 let last = 64 - lanes.leading_zeros() as u64;
                 let len = last as usize * m.lanes.element - first as usize;
-                if v.linear(seg, o, len, access).is_err() {
+                if wraps || v.linear(seg, o, len, access).is_err() {
                     // The lanes are accessed one by one.
                     return Err(split_fault(
                         v,

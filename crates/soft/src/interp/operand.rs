@@ -118,10 +118,14 @@ pub fn split_fault(
     access: SegAccess,
     refusal: Exception,
 ) -> Exception {
-    if !v.long64() || refusal.vector == vector::AC {
+    if refusal.vector == vector::AC {
         return refusal;
     }
-    let o = offset(v, i).wrapping_add(at as u64) & address_mask(i);
+    let o = offset(v, i).wrapping_add(at as u64);
+    if !v.long64() && o > 0xffff_ffff {
+        return refusal;
+    }
+    let o = if v.long64() { o & address_mask(i) } else { o };
     let Ok(lin) = v.linear(segment(i), o, first, access) else {
         return refusal;
     };

@@ -1,6 +1,6 @@
 //! From a decoded instruction to the function that executes it.
 
-use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, CodeSize, FlowControl, Instruction, Mnemonic, OpKind};
 
 use crate::exception::{Exception, Trap};
 use crate::interp::{Handler, Op, bits, branch, decimal, integer, muldiv, native, string};
@@ -86,6 +86,9 @@ fn special(i: &Instruction, size: &mut usize) -> Option<Handler> {
         Mnemonic::Mov if !is_gpr(0) || !is_gpr(1) => Some(system),
         Mnemonic::Mov => Some(integer::mov),
         Mnemonic::Pop if is_segment(0) => Some(system),
+        Mnemonic::Vzeroall | Mnemonic::Vzeroupper if i.code_size() != CodeSize::Code64 => {
+            Some(native::registers::zero_low)
+        }
         // 0F 0D is PREFETCHW and its kin: of memory only.
         Mnemonic::Reservednop
             if i.op0_kind() == OpKind::Register

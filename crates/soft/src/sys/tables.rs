@@ -215,7 +215,7 @@ pub fn verify(v: &mut SoftVcpu, i: &Instruction) -> Result<(), Exception> {
     let found = inspect(v, selector, i.mnemonic())?;
     if let (true, Some(d)) = (loads, &found) {
         let value = if i.mnemonic() == Mnemonic::Lar {
-            d.low >> 32 & 0x00f0_ff00
+            d.low >> 32 & 0x00ff_ff00
         } else {
             u64::from(d.limit())
         };
@@ -232,7 +232,15 @@ pub fn arpl(v: &mut SoftVcpu, i: &Instruction) -> Result<(), Exception> {
     let target = operand::read(v, i, 0, 2)?;
     let raise = target & 3 < source & 3;
     if raise {
-        operand::write(v, i, 0, target & !3 | source & 3, 2)?;
+        let value = target & !3 | source & 3;
+        if i.op0_kind() == OpKind::Register {
+            // Of a register too it changes 16 bits, whatever the operand size.
+            let r = i.op0_register();
+            let upper = operand::read_reg(v, r) & !0xffff;
+            operand::write_reg(v, r, upper | value);
+        } else {
+            operand::write(v, i, 0, value, 2)?;
+        }
     }
     set_zf(v, raise);
     Ok(())

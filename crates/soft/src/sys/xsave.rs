@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use iced_x86::{Instruction, Mnemonic};
 use pyrite_x86::bits::{cr0, cr4, efer};
-use pyrite_x86::{XSAVE_AREA_BYTES, gpr};
+use pyrite_x86::{XSAVE_AREA_BYTES, gpr, sreg};
 
 use crate::exception::Exception;
 use crate::interp::native::x87;
@@ -160,6 +160,17 @@ fn xmm_bytes(v: &SoftVcpu) -> usize {
     if v.long64() { 256 } else { 128 }
 }
 
+/// Bytes of extended component `n`, of `size`, that the mode reaches: outside 64-bit mode there are
+/// registers 0 to 7 only. Intel SDM Vol. 1 §13.5.3, §13.5.5.
+fn reach(v: &SoftVcpu, n: u32, size: usize) -> usize {
+    match n {
+        _ if v.long64() => size,
+        2 | 6 => size / 2,
+        7 => 0,
+        _ => size,
+    }
+}
+
 /// Writes the x87 part of an image.
 fn copy_x87(v: &SoftVcpu, image: &mut [u8]) {
     let a = &v.frame.cpu.xsave.0;
@@ -281,11 +292,22 @@ fn instruction_mask(v: &SoftVcpu) -> u64 {
 }
 
 fn area_address(v: &SoftVcpu, i: &Instruction, len: usize, a: SegAccess) -> Result<u64, Exception> {
-    let lin = v.linear(operand::segment(i), operand::offset(v, i), len, a)?;
-    if lin & 63 != 0 {
+    let (seg, offset) = (operand::segment(i), operand::offset(v, i));
+    let fault = match v.linear(seg, offset, len, a) {
+        Ok(lin) if lin & 63 == 0 => return Ok(lin),
+        Ok(_) => Exception::gp(0),
+        Err(e) => e,
+    };
+    // The #GP of a misaligned area comes before the #SS of one beyond the limit.
+    let base = if v.long64() && seg < sreg::FS {
+        0
+    } else {
+        v.frame.cpu.seg[seg].base
+    };
+    if base.wrapping_add(offset) & 63 != 0 {
         return Err(Exception::gp(0));
     }
-    Ok(lin)
+    Err(fault)
 }
 
 /// Feature bit of leaf 0DH.1 EAX that an instruction needs.
@@ -350,9 +372,10 @@ pub fn xsave(v: &mut SoftVcpu, i: &Instruction) -> Result<(), Exception> {
         if written >> n & 1 == 0 {
             continue;
         }
-        let out = &mut image[c.at..c.at + c.size];
+        let size = reach(v, n, c.size);
+        let out = &mut image[c.at..c.at + size];
         if in_use(v) >> n & 1 != 0 {
-            out.copy_from_slice(&v.frame.cpu.xsave.0[c.host_at..c.host_at + c.size]);
+            out.copy_from_slice(&v.frame.cpu.xsave.0[c.host_at..c.host_at + size]);
         } else {
             out.fill(0);
         }
@@ -442,14 +465,28 @@ pub fn xrstor(v: &mut SoftVcpu, i: &Instruction) -> Result<(), Exception> {
     }
     for (n, c) in parts {
         if load >> n & 1 != 0 {
-            v.frame.cpu.xsave.0[c.host_at..c.host_at + c.size]
-                .copy_from_slice(&image[c.at..c.at + c.size]);
+            let size = reach(v, n, c.size);
+            let here = c.host_at..c.host_at + c.size;
+            if size < c.size && in_use(v) >> n & 1 == 0 {
+                v.frame.cpu.xsave.0[here].fill(0);
+            }
+            v.frame.cpu.xsave.0[c.host_at..c.host_at + size]
+                .copy_from_slice(&image[c.at..c.at + size]);
         }
     }
-    // What is in the mask but not in the image becomes initial.
+    // What is in the mask but not in the image becomes initial; what the mode does not reach stays.
     let mut used = in_use(v) & !rfbm | load;
-    if rfbm & SSE != 0 && load & SSE == 0 && !v.long64() {
-        used |= in_use(v) & SSE;
+    if !v.long64() {
+        for n in bits(rfbm & !load & in_use(v)) {
+            if let Some(c) = component(v, n)
+                && reach(v, n, c.size) < c.size
+            {
+                let size = reach(v, n, c.size);
+                v.frame.cpu.xsave.0[c.host_at..c.host_at + size].fill(0);
+                used |= 1 << n;
+            }
+        }
+        used |= in_use(v) & rfbm & !load & SSE;
     }
     set_in_use(v, used);
     Ok(())

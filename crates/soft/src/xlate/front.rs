@@ -476,6 +476,10 @@ impl<'a> Front<'a> {
         ) {
             return true;
         }
+        // Fewer registers than on the host.
+        if !self.code64 && matches!(m, Mnemonic::Vzeroall | Mnemonic::Vzeroupper) {
+            return true;
+        }
         for n in 0..i.op_count() {
             if i.op_kind(n) == OpKind::Register {
                 let r = i.op_register(n);

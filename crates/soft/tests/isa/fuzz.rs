@@ -13,9 +13,9 @@ use iced_x86::{
 use super::forms::is_gather;
 use super::gen_::{self, Insn, Sequence};
 use super::guest::{self, Guest};
-use super::host::{CONTEXT, CONTEXT_BYTES, Host};
+use super::host::{self, CONTEXT, CONTEXT_BYTES, Host};
 use super::machine::{
-    CODE_BYTES, Components, END, End, Outcome, Start, Tolerance, differences, fill,
+    Components, END, END16, End, Mode, Outcome, Start, Tolerance, differences, fill,
 };
 use super::rng::Rng;
 
@@ -33,32 +33,31 @@ struct Pool {
 }
 
 /// Forms that only [`super::forms`] tests, because they need a state of their own.
-fn unfit(code: Code) -> bool {
+fn unfit(code: Code, mode: Mode) -> bool {
     use Mnemonic::*;
-    matches!(
-        code.mnemonic(),
-        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64
+    // A branch of 16 bits leaves the code pages of the others.
+    let far_away = |name: String| {
+        name.ends_with("rel8_16") || name.ends_with("rel16") || name.contains("_rel8_16_")
+    };
+    gen_::takes_selectors(code)
+        || matches!(
+            code.mnemonic(),
+            Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64
             | Fxsave | Fxsave64 | Fxrstor | Fxrstor64
             // The environment holds the pointers of the last instruction, which are not compared.
             | Fnstenv | Fnsave
             | Wrfsbase | Wrgsbase | Popf | Popfd | Popfq | Int3 | Ud0 | Ud1 | Ud2
             | Reservednop | Pause | Enter | Wrssd | Wrssq | Rstorssp | Saveprevssp
-    ) || matches!(
-        code,
-        Code::Retnw
-            | Code::Retnw_imm16
-            | Code::Call_rm16
-            | Code::Jmp_rm16
-            | Code::Call_rel16
-            | Code::Jmp_rel16
-            | Code::Jmp_rel8_16
-    ) || format!("{code:?}").ends_with("rel8_16")
-        || format!("{code:?}").ends_with("rel16")
-        || format!("{code:?}").contains("_rel8_16_")
+        )
+        || matches!(
+            code,
+            Code::Retnw | Code::Retnw_imm16 | Code::Call_rm16 | Code::Jmp_rm16
+        ) && mode != Mode::Seg16
+        || mode != Mode::Seg16 && far_away(format!("{code:?}"))
 }
 
 impl Pool {
-    fn new(g: &mut Guest) -> Pool {
+    fn new(g: &mut Guest, mode: Mode) -> Pool {
         let mut p = Pool {
             integer: vec![],
             string: vec![],
@@ -70,16 +69,19 @@ impl Pool {
             avx: vec![],
             evex: vec![],
         };
-        let start = Start::zero();
+        let start = Start {
+            mode,
+            ..Start::zero()
+        };
         for code in Code::values() {
-            if gen_::excluded(code).is_some() || unfit(code) {
+            if gen_::excluded(code, mode).is_some() || unfit(code, mode) {
                 continue;
             }
             let mut r = Rng::new(code as u64);
             let Some(i) = gen_::instruction(code, &mut r, &start, 400) else {
                 continue;
             };
-            let i = gen_::decoded(&i.bytes);
+            let i = gen_::decoded(mode, &i.bytes);
             if !g.vcpu().interp.allows(&i) {
                 continue;
             }
@@ -134,8 +136,9 @@ fn base() -> Start {
 }
 
 /// The start state of a seed.
-fn start_of(base: &Start, c: &Components, seed: u64) -> Start {
+fn start_of(base: &Start, c: &Components, seed: u64, mode: Mode) -> Start {
     let mut s = base.clone();
+    s.mode = mode;
     let mut r = Rng::new(seed ^ 0x57a7e);
     s.randomise(&mut r, c, true);
     s
@@ -153,16 +156,29 @@ fn raw(bytes: &[u8]) -> Insn {
 /// A random sequence for a start state.
 fn sequence(pool: &Pool, r: &mut Rng, start: &Start, at: usize) -> Sequence {
     let mut info = InstructionInfoFactory::new();
+    let mode = start.mode;
     let count = 1 + r.below(12);
     // A counted loop around everything, on a register that nothing in it writes.
     let counter = (r.one_in(8)).then(|| {
-        let n = r.below(16) as u8;
+        let n = r.below(if mode == Mode::Long { 16 } else { 8 }) as u8;
         if n == 4 { 1 } else { n }
     });
+    // Code of 32 bits or its like.
+    let in_mode = |long: &[u8], flat32: &[u8], seg16: &[u8]| {
+        raw(match mode {
+            Mode::Long => long,
+            Mode::Flat32 => flat32,
+            Mode::Seg16 => seg16,
+        })
+    };
     let mut insns = Vec::new();
     if let Some(n) = counter {
         let times = 1 + r.below(6) as u8;
-        insns.push(raw(&[0x48 | n >> 3, 0xc7, 0xc0 | n & 7, times, 0, 0, 0]));
+        insns.push(in_mode(
+            &[0x48 | n >> 3, 0xc7, 0xc0 | n & 7, times, 0, 0, 0],
+            &[0xb8 | n, times, 0, 0, 0],
+            &[0x66, 0xb8 | n, times, 0, 0, 0],
+        ));
     }
     let first = insns.len();
     while insns.len() < first + count as usize {
@@ -179,7 +195,8 @@ fn sequence(pool: &Pool, r: &mut Rng, start: &Start, at: usize) -> Sequence {
             _ => {
                 // Flags from an immediate, without TF, NT and AC.
                 let f = (r.next() as u32 & 0x0020_3ed5).to_le_bytes();
-                insns.push(raw(&[0x68, f[0], f[1], f[2], f[3]]));
+                let long = [0x68, f[0], f[1], f[2], f[3]];
+                insns.push(in_mode(&long, &long, &long[..3]));
                 insns.push(raw(&[0x9d]));
                 continue;
             }
@@ -191,7 +208,7 @@ fn sequence(pool: &Pool, r: &mut Rng, start: &Start, at: usize) -> Sequence {
         let Some(insn) = gen_::instruction(code, r, start, 40) else {
             continue;
         };
-        let i = gen_::decoded(&insn.bytes);
+        let i = gen_::decoded(mode, &insn.bytes);
         if let Some(n) = counter {
             let writes = info.info(&i).used_registers().iter().any(|u| {
                 !matches!(u.access(), OpAccess::Read | OpAccess::CondRead)
@@ -212,10 +229,16 @@ fn sequence(pool: &Pool, r: &mut Rng, start: &Start, at: usize) -> Sequence {
                 ..raw(&[0xe2, 0])
             });
         } else {
-            insns.push(raw(&[0x48 | n >> 3, 0xff, 0xc8 | n & 7]));
+            insns.push(in_mode(
+                &[0x48 | n >> 3, 0xff, 0xc8 | n & 7],
+                &[0x48 | n],
+                &[0x66, 0x48 | n],
+            ));
+            let jump = [0x0f, 0x85, 0, 0, 0, 0];
+            let width = if mode == Mode::Seg16 { 2 } else { 4 };
             insns.push(Insn {
-                branch: Some((2, 4, 0)),
-                ..raw(&[0x0f, 0x85, 0, 0, 0, 0])
+                branch: Some((2, width, 0)),
+                ..raw(&jump[..2 + width])
             });
         }
     }
@@ -235,13 +258,13 @@ fn sequence(pool: &Pool, r: &mut Rng, start: &Start, at: usize) -> Sequence {
             }
         }
     }
-    Sequence { at, insns }
+    Sequence { mode, at, insns }
 }
 
 /// True if the engine's page fault is at an address where this process has memory of its own (its
 /// program, libraries, stacks): there the host reads or writes what the guest does not have. The
 /// layout's own addresses are never among these.
-fn met_the_host(got: &Outcome) -> bool {
+pub fn met_the_host(got: &Outcome) -> bool {
     let End::Exception {
         vector: 14, cr2, ..
     } = got.end
@@ -266,7 +289,7 @@ pub struct Fuzzer {
     host: Host,
     guests: Vec<Guest>,
     components: Components,
-    pool: Pool,
+    pools: [Pool; 3],
     base: Start,
     place: usize,
     /// Sequences whose host run did not end.
@@ -288,12 +311,12 @@ pub struct Failure {
 impl Fuzzer {
     pub fn new() -> Fuzzer {
         let mut guests = guest::all();
-        let pool = Pool::new(&mut guests[0]);
+        let pools = Mode::ALL.map(|m| Pool::new(&mut guests[0], m));
         Fuzzer {
             host: Host::new(),
             guests,
             components: Components::of_host(),
-            pool,
+            pools,
             base: base(),
             place: 0,
             lost: 0,
@@ -308,18 +331,14 @@ impl Fuzzer {
             flags_at_fault: !g.exact,
             cr2_page_only: seq.insns.iter().any(|i| {
                 matches!(
-                    gen_::decoded(&i.bytes).mnemonic(),
+                    gen_::decoded(seq.mode, &i.bytes).mnemonic(),
                     Mnemonic::Frstor | Mnemonic::Fldenv
                 )
             }),
-            masked_alignment: seq
-                .insns
-                .iter()
-                .any(|i| gen_::decoded(&i.bytes).op_mask() != Register::None),
             partial_vectors: seq
                 .insns
                 .iter()
-                .any(|i| is_gather(gen_::decoded(&i.bytes).code())),
+                .any(|i| is_gather(gen_::decoded(seq.mode, &i.bytes).code())),
         }
     }
 
@@ -354,9 +373,9 @@ impl Fuzzer {
             End::Lost => {
                 self.lost += 1;
                 if std::env::var_os("PYRITE_ISA_LOST").is_some() {
-                    let at = (want.rip - super::machine::CODE) as usize;
+                    let at = want.rip.wrapping_sub(seq.mode.code()) as usize;
                     let b = bytes.get(at.wrapping_sub(seq.at)..).unwrap_or_default();
-                    let i = gen_::decoded(b);
+                    let i = gen_::decoded(seq.mode, b);
                     println!("LOST {:?} {:02x?} {:x?}", i.code(), &b[..i.len()], want.gpr);
                 }
                 return None;
@@ -383,10 +402,21 @@ impl Fuzzer {
     /// Makes and runs the sequence of a seed.
     pub fn one(&mut self, seed: u64) -> Option<Failure> {
         let mut r = Rng::new(seed);
-        let start = start_of(&self.base, &self.components, seed);
-        let mut seq = sequence(&self.pool, &mut r, &start, self.place);
+        let mode = match seed % 32 {
+            5 | 13 | 21 | 29 => Mode::Flat32,
+            7 => Mode::Seg16,
+            _ => Mode::Long,
+        };
+        let mode = if host::lacks(mode).is_some() {
+            Mode::Long
+        } else {
+            mode
+        };
+        let start = start_of(&self.base, &self.components, seed, mode);
+        let pool = &self.pools[mode as usize];
+        let mut seq = sequence(pool, &mut r, &start, self.place);
         self.instructions += seq.insns.len() as u64;
-        if seq.at + seq.bytes().len() > CODE_BYTES {
+        if seq.at + seq.bytes().len() > END16 {
             seq.at = 0;
         }
         self.place = seq.at + seq.bytes().len();
@@ -443,11 +473,21 @@ impl Fuzzer {
             }
             insns.push(raw(&bytes));
         }
-        let start = start_of(&self.base, &self.components, seed);
+        let mode = match field("mode") {
+            "" => Mode::Long,
+            "Flat32" => Mode::Flat32,
+            "Seg16" => Mode::Seg16,
+            other => return Err(format!("mode: {other}")),
+        };
+        if let Some(why) = host::lacks(mode) {
+            println!("skipped: a case of {mode:?}: {why}");
+            return Ok(());
+        }
+        let start = start_of(&self.base, &self.components, seed, mode);
         // The last is the jump to the end, which `Sequence` makes anew.
         insns.pop();
         let all: Vec<usize> = (0..self.guests.len()).collect();
-        match self.compare(&Sequence { at, insns }, &start, &all) {
+        match self.compare(&Sequence { mode, at, insns }, &start, &all) {
             None => Ok(()),
             Some((engine, text)) => Err(format!("{engine}: {text}")),
         }
@@ -461,16 +501,25 @@ impl Failure {
         for l in self.text.lines() {
             let _ = writeln!(s, "# {l}");
         }
+        let mode = self.sequence.mode;
+        if mode != Mode::Long {
+            let _ = writeln!(s, "mode {mode:?}");
+        }
         let _ = writeln!(s, "seed {}\nat {}", self.seed, self.sequence.at);
         let bytes = self.sequence.bytes();
         let mut at = 0;
-        let lens = self.sequence.insns.iter().map(|i| i.bytes.len()).chain([5]);
+        let lens = self
+            .sequence
+            .insns
+            .iter()
+            .map(|i| i.bytes.len())
+            .chain([mode.way_out(0).len()]);
         for n in lens {
             let hex: Vec<String> = bytes[at..at + n]
                 .iter()
                 .map(|b| format!("{b:02x}"))
                 .collect();
-            let i = gen_::decoded(&bytes[at..at + n]);
+            let i = gen_::decoded(mode, &bytes[at..at + n]);
             let _ = writeln!(s, "# {:?}\ncode {}", i.code(), hex.join(" "));
             at += n;
         }

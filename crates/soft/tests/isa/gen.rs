@@ -6,7 +6,7 @@ use iced_x86::{
     Mnemonic, OpCodeInfo, OpCodeOperandKind, OpCodeTableKind, OpKind, Register,
 };
 
-use super::machine::{CODE, DATA, DATA_BYTES, END, RO_BYTES, Start};
+use super::machine::{CODE, CODE16, DATA, DATA_BYTES, END, END16, END32, Mode, RO_BYTES, Start};
 use super::rng::Rng;
 
 /// One instruction of a sequence.
@@ -23,7 +23,7 @@ pub struct Insn {
 }
 
 /// Random bytes that may be an instruction of the form.
-fn candidate(op: &OpCodeInfo, r: &mut Rng) -> Option<Vec<u8>> {
+fn candidate(op: &OpCodeInfo, r: &mut Rng, mode: Mode) -> Option<Vec<u8>> {
     let mut b = Vec::with_capacity(24);
     let map = match op.table() {
         OpCodeTableKind::Normal => 0,
@@ -56,20 +56,41 @@ fn candidate(op: &OpCodeInfo, r: &mut Rng) -> Option<Vec<u8>> {
     if r.one_in(12) {
         b.push(*r.pick(&[0x64u8, 0x65, 0x64, 0x65, 0x3e]));
     }
-    if op.address_size() == 32 || (op.address_size() == 0 && r.one_in(16)) {
+    let other = if mode == Mode::Flat32 { 16 } else { 32 };
+    let vsib = op.op_kinds().iter().any(|k| {
+        use OpCodeOperandKind as K;
+        matches!(
+            k,
+            K::mem_vsib32x
+                | K::mem_vsib64x
+                | K::mem_vsib32y
+                | K::mem_vsib64y
+                | K::mem_vsib32z
+                | K::mem_vsib64z
+        )
+    });
+    // A vector of indices needs a SIB byte, which 16-bit addresses do not have.
+    let change = match mode {
+        Mode::Seg16 if vsib => true,
+        Mode::Flat32 if vsib => false,
+        _ => op.address_size() == other || (op.address_size() == 0 && r.one_in(16)),
+    };
+    if change {
         b.push(0x67);
     }
+    // Bits that select registers 8 to 31, and tell VEX and EVEX from LDS, LES and BOUND.
+    let low = if mode == Mode::Long { 0 } else { 0xc0 };
     let inv = |r: &mut Rng| r.next() as u8;
     match op.encoding() {
-        EncodingKind::Legacy => legacy(op, r, &mut b, map),
+        EncodingKind::Legacy => legacy(op, r, &mut b, map, mode),
         EncodingKind::VEX | EncodingKind::XOP => {
             let xop = op.encoding() == EncodingKind::XOP;
             let vvvv = if r.one_in(2) { 0x78 } else { inv(r) & 0x78 };
             if !xop && map == 1 && w == 0 && r.one_in(2) {
-                b.extend([0xc5, inv(r) & 0x80 | vvvv | (l & 1) << 2 | pp]);
+                b.extend([0xc5, inv(r) & 0x80 | vvvv | (l & 1) << 2 | pp | low]);
             } else {
                 let rxb = if r.one_in(3) { 0xe0 } else { inv(r) & 0xe0 };
-                b.extend([if xop { 0x8f } else { 0xc4 }, rxb | map]);
+                b.extend([if xop { 0x8f } else { 0xc4 }, rxb | map | low]);
                 b.push(w << 7 | vvvv | (l & 1) << 2 | pp);
             }
             b.push(op.op_code() as u8);
@@ -83,7 +104,7 @@ fn candidate(op: &OpCodeInfo, r: &mut Rng) -> Option<Vec<u8>> {
             let z = if aaa != 0 && r.one_in(2) { 0x80 } else { 0 };
             b.extend([
                 0x62,
-                p0 | map,
+                p0 | map | low,
                 w << 7 | vvvv | 4 | pp,
                 z | l << 5 | bcst | v2 | aaa,
             ]);
@@ -113,7 +134,7 @@ fn candidate(op: &OpCodeInfo, r: &mut Rng) -> Option<Vec<u8>> {
     Some(b)
 }
 
-fn legacy(op: &OpCodeInfo, r: &mut Rng, b: &mut Vec<u8>, map: u8) {
+fn legacy(op: &OpCodeInfo, r: &mut Rng, b: &mut Vec<u8>, map: u8, mode: Mode) {
     if op.can_use_lock_prefix() && r.one_in(3) {
         b.push(0xf0);
     }
@@ -128,7 +149,8 @@ fn legacy(op: &OpCodeInfo, r: &mut Rng, b: &mut Vec<u8>, map: u8) {
     if op.fwait() {
         b.insert(0, 0x9b);
     }
-    if op.operand_size() == 16 {
+    let prefixed = if mode == Mode::Seg16 { 32 } else { 16 };
+    if op.operand_size() == prefixed {
         b.push(0x66);
     }
     match op.mandatory_prefix() {
@@ -142,7 +164,7 @@ fn legacy(op: &OpCodeInfo, r: &mut Rng, b: &mut Vec<u8>, map: u8) {
     if wide || (op.operand_size() == 64 && r.one_in(8)) {
         rex |= 8;
     }
-    if rex != 0 || r.one_in(4) {
+    if mode == Mode::Long && (rex != 0 || r.one_in(4)) {
         b.push(0x40 | rex);
     }
     match map {
@@ -181,12 +203,14 @@ fn vendor() -> u32 {
     }
 }
 
-fn decode(bytes: &[u8], ip: u64) -> Option<(Instruction, ConstantOffsets)> {
-    let mut d = Decoder::with_ip(64, bytes, ip, vendor());
+fn decode(bytes: &[u8], mode: Mode) -> Option<(Instruction, ConstantOffsets)> {
+    let mut d = Decoder::with_ip(mode.bits(), bytes, mode.code(), vendor());
     let i = d.decode();
     // LIMIT: the decoder takes F3 REX.B 90 for PAUSE; processors execute XCHG.
     if i.is_invalid()
-        || (i.mnemonic() == Mnemonic::Pause && bytes[..i.len()].iter().any(|b| b & 0xf1 == 0x41))
+        || (mode == Mode::Long
+            && i.mnemonic() == Mnemonic::Pause
+            && bytes[..i.len()].iter().any(|b| b & 0xf1 == 0x41))
     {
         return None;
     }
@@ -195,16 +219,17 @@ fn decode(bytes: &[u8], ip: u64) -> Option<(Instruction, ConstantOffsets)> {
 }
 
 /// Decodes an instruction of a sequence.
-pub fn decoded(bytes: &[u8]) -> Instruction {
-    decode(bytes, CODE).map_or_else(Instruction::default, |(i, _)| i)
+pub fn decoded(mode: Mode, bytes: &[u8]) -> Instruction {
+    decode(bytes, mode).map_or_else(Instruction::default, |(i, _)| i)
 }
 
-fn data_address(r: &mut Rng) -> u64 {
-    if r.one_in(16) {
+fn data_address(r: &mut Rng, mode: Mode) -> u64 {
+    let at = if r.one_in(16) {
         Start::pointer(r)
     } else {
         DATA + 0x100 + (r.below(0x1c00) & !if r.one_in(4) { 0 } else { 63 })
-    }
+    };
+    at - mode.data_base()
 }
 
 /// True if the memory operand lies in the data, by the registers at the start.
@@ -217,7 +242,8 @@ fn hits(i: &Instruction, s: &Start) -> bool {
             Some(match reg {
                 Register::FS => s.fs_base,
                 Register::GS => s.gs_base,
-                r if r.is_segment_register() => 0,
+                Register::CS => s.mode.code() & !CODE,
+                r if r.is_segment_register() => s.mode.data_base(),
                 r if r.is_gpr() => s.gpr[r.number()],
                 _ => 0,
             })
@@ -260,8 +286,8 @@ pub fn instruction(code: Code, r: &mut Rng, s: &Start, tries: usize) -> Option<I
     let mut fallback = None;
     let wild = r.one_in(10);
     for _ in 0..tries {
-        let mut b = candidate(op, r)?;
-        let Some((i, c)) = decode(&b, CODE) else {
+        let mut b = candidate(op, r, s.mode)?;
+        let Some((i, c)) = decode(&b, s.mode) else {
             continue;
         };
         if i.code() != code || i.len() > 15 {
@@ -286,11 +312,17 @@ pub fn instruction(code: Code, r: &mut Rng, s: &Start, tries: usize) -> Option<I
             id: 0,
         };
         if c.displacement_size() > 0 {
-            displacement(&mut insn, &i, &c, r);
+            displacement(&mut insn, &i, &c, r, s.mode);
         }
         if c.immediate_size() > 0 {
             let at = c.immediate_offset();
-            if matches!(i.op0_kind(), OpKind::NearBranch64) {
+            if matches!(i.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32) {
+                let far = far_pointer(c.immediate_size());
+                insn.bytes[at..at + far.len()].copy_from_slice(&far);
+            } else if matches!(
+                i.op0_kind(),
+                OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
+            ) {
                 insn.branch = Some((at, c.immediate_size(), u32::MAX));
             } else if i.mnemonic() == Mnemonic::Enter {
                 insn.bytes[at + 1] = 0;
@@ -302,7 +334,7 @@ pub fn instruction(code: Code, r: &mut Rng, s: &Start, tries: usize) -> Option<I
                 insn.bytes[at..at + n].copy_from_slice(&v[..n]);
             }
         }
-        let Some((j, _)) = decode(&insn.bytes, CODE) else {
+        let Some((j, _)) = decode(&insn.bytes, s.mode) else {
             continue;
         };
         if j.code() != code || j.len() != insn.bytes.len() {
@@ -316,15 +348,15 @@ pub fn instruction(code: Code, r: &mut Rng, s: &Start, tries: usize) -> Option<I
     fallback
 }
 
-fn displacement(insn: &mut Insn, i: &Instruction, c: &ConstantOffsets, r: &mut Rng) {
+fn displacement(insn: &mut Insn, i: &Instruction, c: &ConstantOffsets, r: &mut Rng, mode: Mode) {
     let (at, n) = (c.displacement_offset(), c.displacement_size());
     let lone = i.memory_base() == Register::None && i.memory_index() == Register::None;
     if i.is_ip_rel_memory_operand() {
-        insn.rip_data = Some((at, data_address(r)));
+        insn.rip_data = Some((at, data_address(r, mode)));
         return;
     }
     let v = if lone {
-        data_address(r) as i64
+        data_address(r, mode) as i64
     } else if n == 1 {
         r.below(32) as i64 - 16
     } else if r.one_in(2) {
@@ -335,9 +367,23 @@ fn displacement(insn: &mut Insn, i: &Instruction, c: &ConstantOffsets, r: &mut R
     insn.bytes[at..at + n].copy_from_slice(&v.to_le_bytes()[..n]);
 }
 
+/// Offset and selector of the end for a far transfer with an offset of this many bytes; the
+/// selector has 2 bytes.
+pub fn far_pointer(offset_bytes: usize) -> Vec<u8> {
+    let (offset, selector) = match offset_bytes {
+        2 => (END16 as u64, CODE16),
+        4 => (END32, 0x23),
+        _ => (END, 0x33),
+    };
+    let mut b = offset.to_le_bytes()[..offset_bytes].to_vec();
+    b.extend(selector.to_le_bytes());
+    b
+}
+
 /// A sequence at a place in the code pages.
 #[derive(Clone, Debug, Default)]
 pub struct Sequence {
+    pub mode: Mode,
     pub at: usize,
     pub insns: Vec<Insn>,
 }
@@ -376,7 +422,7 @@ impl Sequence {
             }
             if let Some((off, target)) = i.rip_data {
                 let mut rel = target.wrapping_sub(CODE + next as u64);
-                let d = decoded(&b);
+                let d = decoded(self.mode, &b);
                 if d.memory_base() == Register::EIP {
                     rel &= 0xffff_ffff;
                 }
@@ -384,26 +430,32 @@ impl Sequence {
             }
             out.extend(b);
         }
-        let next = CODE + end as u64 + 5;
-        out.push(0xe9);
-        out.extend(&END.wrapping_sub(next).to_le_bytes()[..4]);
+        out.extend(self.mode.way_out(end));
         out
     }
 }
 
 /// Why a form is not compared with the host.
-pub fn excluded(code: Code) -> Option<&'static str> {
+pub fn excluded(code: Code, mode: Mode) -> Option<&'static str> {
     use Mnemonic::*;
     let op = code.op_code();
     if !op.is_instruction() {
         return Some("not an instruction");
     }
-    if !op.mode64() {
-        return Some("does not exist in 64-bit mode");
+    let exists = match mode {
+        Mode::Long => op.mode64(),
+        Mode::Flat32 => op.mode32(),
+        Mode::Seg16 => op.mode16(),
+    };
+    if !exists {
+        return Some("does not exist in this mode");
     }
     if op.decoder_option() & !DecoderOptions::AMD != 0 || matches!(op.mnemonic(), Montmul | Pcommit)
     {
         return Some("an extension of no processor that hosts this");
+    }
+    if code == Code::Popw_CS {
+        return Some("an instruction of the 8086 only");
     }
     if op.fwait() {
         return Some("two instructions, WAIT and another");
@@ -415,9 +467,6 @@ pub fn excluded(code: Code) -> Option<&'static str> {
         Rdrand | Rdseed => "random by definition",
         Syscall | Sysenter | Sysret | Sysretq | Sysexit | Sysexitq | Int | Int1 => {
             "enters the host's kernel; see the conformance suite"
-        }
-        Iret | Iretd | Iretq | Retf | Lar | Lsl | Verr | Verw | Lss | Lfs | Lgs | Lds | Les => {
-            "depends on the descriptor tables; see the conformance suite"
         }
         Sgdt | Sidt | Sldt | Str | Smsw => {
             "the host's kernel emulates it; see the conformance suite"
@@ -433,33 +482,44 @@ pub fn excluded(code: Code) -> Option<&'static str> {
         _ if op.is_privileged() || op.must_be_cpl0() => {
             "privileged: the engine's tests and the conformance suite have it"
         }
-        Jmp | Call
-            if matches!(
-                code,
-                Code::Jmp_m1616
-                    | Code::Jmp_m1632
-                    | Code::Jmp_m1664
-                    | Code::Call_m1616
-                    | Code::Call_m1632
-                    | Code::Call_m1664
-            ) =>
-        {
-            "depends on the descriptor tables; see the conformance suite"
-        }
-        Mov | Pop
-            if op.op_kinds().first().is_some_and(|k| {
-                use OpCodeOperandKind as K;
-                matches!(
-                    k,
-                    K::seg_reg | K::es | K::cs | K::ss | K::ds | K::fs | K::gs
-                )
-            }) =>
-        {
-            "depends on the descriptor tables; see the conformance suite"
-        }
         In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd => {
             "needs ports; see the conformance suite"
         }
         _ => return None,
     })
+}
+
+/// True for instructions that use selectors: [`super::forms`] gives them good ones.
+pub fn takes_selectors(code: Code) -> bool {
+    use Mnemonic::*;
+    use OpCodeOperandKind as K;
+    let op = code.op_code();
+    matches!(
+        op.mnemonic(),
+        Iret | Iretd | Iretq | Retf | Lar | Lsl | Verr | Verw | Lss | Lfs | Lgs | Lds | Les
+    ) || is_far(code)
+        || matches!(op.mnemonic(), Mov | Pop)
+            && op.op_kinds().first().is_some_and(|k| {
+                matches!(
+                    k,
+                    K::seg_reg | K::es | K::cs | K::ss | K::ds | K::fs | K::gs
+                )
+            })
+}
+
+/// True for far JMP and CALL.
+pub fn is_far(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Jmp_m1616
+            | Code::Jmp_m1632
+            | Code::Jmp_m1664
+            | Code::Call_m1616
+            | Code::Call_m1632
+            | Code::Call_m1664
+            | Code::Jmp_ptr1616
+            | Code::Jmp_ptr1632
+            | Code::Call_ptr1616
+            | Code::Call_ptr1632
+    )
 }

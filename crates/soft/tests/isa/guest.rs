@@ -15,13 +15,16 @@ use pyrite_soft::{SoftOptions, SoftVcpu, SoftVm};
 use pyrite_x86::cpuid::{EngineKind, HostCpuid, guest_cpuid};
 use pyrite_x86::{Activity, CpuState, InterruptShadow, Segment, TableReg, XsaveArea};
 
+use super::host;
 use super::machine::{
-    CODE, CODE_BYTES, Components, DATA, DATA_BYTES, END, End, Outcome, RO_BYTES, Start,
+    CODE, CODE_BYTES, Components, DATA, DATA_BYTES, END, END16, END32, End, LDT, Mode, Outcome,
+    RO_BYTES, Start,
 };
 
 /// Linear address of the first 64 KiB of guest-physical memory, for ring 0.
 const KERNEL: u64 = 0xffff_8000_0000_0000;
 const GDT: u64 = 0x8000;
+const LDT_AT: u64 = 0x8100;
 const IDT: u64 = 0x9000;
 const TSS: u64 = 0xa000;
 const HANDLERS: u64 = 0xb000;
@@ -173,7 +176,7 @@ impl Guest {
 
     /// Puts code at `CODE + at`, as a device would.
     pub fn set_code(&mut self, at: usize, bytes: &[u8]) {
-        assert!(at + bytes.len() <= CODE_BYTES);
+        assert!(at + bytes.len() <= END16);
         self.memory.write(CODE_GPA + at as u64, bytes).unwrap();
     }
 
@@ -188,10 +191,10 @@ impl Guest {
         unsafe { std::ptr::copy_nonoverlapping(start.data.as_ptr(), data, start.data.len()) };
         let c = &mut self.vcpu.frame.cpu;
         c.gpr = start.gpr;
-        c.rip = CODE + at as u64;
+        c.rip = start.mode.code() + at as u64;
         c.rflags = start.rflags;
         c.cr2 = 0;
-        c.seg = self.base.seg;
+        c.seg = start.mode.selectors().map(segment);
         c.seg[4].base = start.fs_base;
         c.seg[5].base = start.gs_base;
         c.xsave.0.copy_from_slice(&start.xsave.0);
@@ -218,6 +221,7 @@ impl Guest {
             rflags: c.rflags,
             fs_base: c.seg[4].base,
             gs_base: c.seg[5].base,
+            selectors: (c.seg).map(|s| if s.selector < 4 { 0 } else { s.selector }),
             xsave,
             data,
         };
@@ -225,9 +229,10 @@ impl Guest {
             println!("{}: {reason:?} at {:#x}", self.name, c.rip);
             return out;
         }
-        if c.rip == END + 2 {
+        if [END + 2, END32 + 2].contains(&c.rip) {
             out.end = End::Through;
             out.rip = END;
+            out.selectors[1] = 0;
             return out;
         }
         let vector = c.rip.wrapping_sub(KERNEL + HANDLERS);
@@ -248,8 +253,10 @@ impl Guest {
             cr2: if vector == 14 { c.cr2 } else { 0 },
         };
         out.rip = word(n);
+        out.selectors[1] = word(n + 1) as u16;
         out.rflags = word(n + 2);
         out.gpr[4] = word(n + 3);
+        out.selectors[2] = word(n + 4) as u16;
         out
     }
 }
@@ -308,8 +315,49 @@ fn layout(m: &GuestMemory) {
     bitmap[usize::from(PORT / 8)] &= !(1 << (PORT % 8));
     m.write(TSS + 0x68, &bitmap).unwrap();
     m.write(CODE_GPA, &[0xcc; CODE_BYTES]).unwrap();
+    m.write(CODE_GPA + END16 as u64, &Mode::Seg16.way_out(0))
+        .unwrap();
     m.write(END_GPA, &[0xcc; 4096]).unwrap();
     m.write(END_GPA, &[0xe6, PORT]).unwrap();
+    m.write(END_GPA + (END32 - END), &[0xe6, PORT]).unwrap();
+    for (n, (base, limit, access, flags)) in LDT.into_iter().enumerate() {
+        let d = u64::from(limit & 0xffff)
+            | (base & 0xff_ffff) << 16
+            | u64::from(access) << 40
+            | u64::from(limit >> 16 & 15) << 48
+            | u64::from(flags) << 52
+            | (base >> 24) << 56;
+        w(LDT_AT + 8 * n as u64, d);
+    }
+}
+
+const NULL: Segment = Segment {
+    base: 0,
+    limit: 0,
+    attr: Segment::UNUSABLE,
+    selector: 0,
+    reserved: [0; 3],
+};
+
+/// A segment register as loading the selector leaves it.
+fn segment(selector: u16) -> Segment {
+    let (base, limit, attr) = match selector {
+        0 => return NULL,
+        0x23 => (0, u32::MAX, 0xc0fbu16),
+        0x2b => (0, u32::MAX, 0xc0f3),
+        0x33 => (0, u32::MAX, 0xa0fb),
+        n => {
+            let (base, limit, access, flags) = LDT[usize::from(n >> 3)];
+            (base, limit, flags << 12 | access)
+        }
+    };
+    Segment {
+        base,
+        limit,
+        attr: u32::from(attr),
+        selector,
+        ..NULL
+    }
 }
 
 /// Ring 3 of 64-bit mode with the selectors that the host's kernel gives its processes.
@@ -327,31 +375,26 @@ fn base_state() -> CpuState {
     s.cr3 = 0x1000;
     s.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
     s.xcr0 = u64::from(pyrite_soft::xlate::host_xsave_mask());
-    let null = Segment {
-        attr: Segment::UNUSABLE,
-        ..Segment::default()
-    };
-    s.seg = [null; 6];
-    s.seg[1] = Segment {
-        limit: u32::MAX,
-        attr: 0xa0fb,
-        selector: 0x33,
-        ..Segment::default()
-    };
-    s.seg[2] = Segment {
-        limit: u32::MAX,
-        attr: 0xc0f3,
-        selector: 0x2b,
-        ..Segment::default()
-    };
+    s.seg = Mode::Long.selectors().map(segment);
     s.tr = Segment {
         base: KERNEL + TSS,
         limit: 0x88,
         attr: 0x8b,
         selector: 0x40,
-        ..null
+        ..NULL
     };
-    s.ldtr = null;
+    // As on the host, where a selector of the table faults if the kernel has none to give.
+    s.ldtr = if host::has_descriptors() {
+        Segment {
+            base: KERNEL + LDT_AT,
+            limit: 8 * LDT.len() as u32 - 1,
+            attr: 0x82,
+            selector: 0x50,
+            ..NULL
+        }
+    } else {
+        NULL
+    };
     s.gdtr = TableReg {
         base: KERNEL + GDT,
         limit: 0x4f,

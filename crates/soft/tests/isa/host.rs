@@ -10,12 +10,13 @@
 
 use std::arch::global_asm;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use pyrite_x86::XsaveArea;
 
 use super::machine::{
-    CODE, CODE_BYTES, Components, DATA, DATA_BYTES, END, End, Outcome, RO_BYTES, Start,
+    CODE, CODE_BYTES, Components, DATA, DATA_BYTES, END, END16, END32, End, LDT, Mode, Outcome,
+    RO_BYTES, Start,
 };
 
 /// The context page; its offsets are in the assembly below.
@@ -26,7 +27,8 @@ pub const CONTEXT_BYTES: usize = 0x4000;
 struct Context {
     gpr_in: [u64; 16],
     flags_in: u64,
-    unused: u64,
+    /// Offset 136: ES DS FS GS.
+    selectors_in: [u16; 4],
     fs_in: u64,
     gs_in: u64,
     /// Offset 160.
@@ -36,7 +38,9 @@ struct Context {
     active: u64,
     /// Offset 192: RIP CS RFLAGS RSP SS.
     iret: [u64; 5],
-    pad: [u64; 3],
+    /// Offset 232: ES DS FS GS SS CS.
+    selectors_out: [u16; 6],
+    pad: [u16; 6],
     /// Offset 256.
     gpr_out: [u64; 16],
     flags_out: u64,
@@ -78,6 +82,10 @@ global_asm!(
     "mov qword ptr ds:[0x70031000 + 168], rax",
     "rdgsbase rax",
     "mov qword ptr ds:[0x70031000 + 448], rax",
+    "mov es, word ptr ds:[0x70031000 + 136]",
+    "mov ds, word ptr ds:[0x70031000 + 138]",
+    "mov fs, word ptr ds:[0x70031000 + 140]",
+    "mov gs, word ptr ds:[0x70031000 + 142]",
     "mov eax, -1",
     "mov edx, -1",
     "mov ecx, 0x70031000 + 1024",
@@ -128,6 +136,13 @@ global_asm!(
     "mov qword ptr ds:[0x70031000 + 256 + 104], r13",
     "mov qword ptr ds:[0x70031000 + 256 + 112], r14",
     "mov qword ptr ds:[0x70031000 + 256 + 120], r15",
+    "mov word ptr ds:[0x70031000 + 232], es",
+    "mov word ptr ds:[0x70031000 + 234], ds",
+    "mov word ptr ds:[0x70031000 + 236], fs",
+    "mov word ptr ds:[0x70031000 + 238], gs",
+    "mov word ptr ds:[0x70031000 + 240], ss",
+    "mov eax, 0x2b",
+    "mov ss, eax",
     "rdfsbase rax",
     "mov qword ptr ds:[0x70031000 + 400], rax",
     "rdgsbase rax",
@@ -238,8 +253,20 @@ impl Host {
         // jmp [CONTEXT + 176]
         let mut jump = vec![0xff, 0x24, 0x25];
         jump.extend((CONTEXT as u32 + 176).to_le_bytes());
-        // SAFETY: the page is writable here.
-        unsafe { std::ptr::copy_nonoverlapping(jump.as_ptr(), end, jump.len()) };
+        // jmp 33H:END
+        let mut far = vec![0xea];
+        far.extend((END as u32).to_le_bytes());
+        far.extend([0x33, 0]);
+        let out = Mode::Seg16.way_out(0);
+        // SAFETY: the pages are writable here, and what is written lies in them.
+        unsafe {
+            let put =
+                |b: &[u8], to: *mut u8| std::ptr::copy_nonoverlapping(b.as_ptr(), to, b.len());
+            put(&jump, end);
+            put(&far, end.add((END32 - END) as usize));
+            put(&out, code.add(END16));
+        }
+        has_descriptors();
         context().exit = pyrite_isa_host_exit as *const () as u64;
         if !READY.swap(true, Ordering::SeqCst) {
             install();
@@ -256,7 +283,7 @@ impl Host {
 
     /// Puts code at `CODE + at` (for the next run).
     pub fn set_code(&mut self, at: usize, bytes: &[u8]) {
-        assert!(at + bytes.len() <= CODE_BYTES);
+        assert!(at + bytes.len() <= END16);
         // SAFETY: in the mapping, checked above.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.code.add(at), bytes.len()) };
     }
@@ -267,7 +294,10 @@ impl Host {
         c.gpr_in = start.gpr;
         c.fs_in = start.fs_base;
         c.gs_in = start.gs_base;
-        c.iret = [CODE + at as u64, 0x33, start.rflags, start.gpr[4], 0x2b];
+        let [es, cs, ss, ds, fs, gs] = start.mode.selectors();
+        c.selectors_in = [es, ds, fs, gs];
+        let rip = start.mode.code() + at as u64;
+        c.iret = [rip, cs.into(), start.rflags, start.gpr[4], ss.into()];
         c.xsave_in = start.xsave.0;
         c.kind = 0;
         c.runs += 1;
@@ -286,6 +316,13 @@ impl Host {
         }
         let mut xsave = XsaveArea(c.xsave_out);
         self.components.normalise(&mut xsave);
+        // The kernel drops the RPL of null selectors when it switches tasks.
+        let [es, ds, fs, gs, ss, cs] = c.selectors_out.map(|s| if s < 4 { 0 } else { s });
+        let mut gpr = c.gpr_out;
+        if start.mode != Mode::Long {
+            // An interrupt leaves something of the kernel's in RSP above a 16-bit stack.
+            gpr[4] &= 0xffff_ffff;
+        }
         let end = match c.kind {
             0 => End::Through,
             1000 => End::Lost,
@@ -304,11 +341,12 @@ impl Host {
         };
         Outcome {
             end,
-            gpr: c.gpr_out,
+            gpr,
             rip: if c.kind == 0 { END } else { c.rip_out },
             rflags: c.flags_out,
             fs_base: c.fs_out,
             gs_base: c.gs_out,
+            selectors: [es, if c.kind == 0 { 0 } else { cs }, ss, ds, fs, gs],
             xsave,
             data,
         }
@@ -319,6 +357,55 @@ fn context() -> &'static mut Context {
     // SAFETY: mapped in `Host::new`; only the owner of `OWNER` and its signal handlers come here,
     // and never keep the reference over a run.
     unsafe { &mut *(CONTEXT as *mut Context) }
+}
+
+/// Why sequences of a mode cannot run on this host; `None` = they can.
+pub fn lacks(mode: Mode) -> Option<&'static str> {
+    let needs = mode.selectors().iter().any(|s| s & 4 != 0);
+    (needs && !has_descriptors()).then_some("this host's kernel gives no local descriptors")
+}
+
+/// Gives this process the local descriptors of the layout, once; false, with a note why, where the
+/// kernel was built without local descriptors or a sandbox forbids them.
+pub fn has_descriptors() -> bool {
+    static DONE: OnceLock<bool> = OnceLock::new();
+    *DONE.get_or_init(|| match local_descriptors() {
+        Ok(()) => true,
+        Err(e) => {
+            println!("skipped: 32- and 16-bit code: modify_ldt: {e}");
+            false
+        }
+    })
+}
+
+fn local_descriptors() -> std::io::Result<()> {
+    for (n, (base, limit, access, flags)) in LDT.into_iter().enumerate() {
+        let is_code = access & 8 != 0;
+        // struct user_desc: D/B in bit 0, then the type (1 bit direction, 1 bit code), read or
+        // execute only in bit 3.
+        let bits =
+            u32::from(flags & 4 != 0) | u32::from(is_code) << 2 | u32::from(access & 2 == 0) << 3;
+        let entry = [n as u32, base as u32, limit, bits];
+        // SAFETY: the kernel copies 16 bytes.
+        let r = unsafe { libc::syscall(libc::SYS_modify_ldt, 1, entry.as_ptr(), 16) };
+        if r != 0 {
+            // The kernel returns the system call's own errors in 32 bits, which the C library
+            // does not take for errors.
+            let e = match r {
+                -1 => std::io::Error::last_os_error(),
+                r => std::io::Error::from_raw_os_error((r as i32).wrapping_neg()),
+            };
+            let lacking = match e.raw_os_error() {
+                Some(libc::ENOSYS | libc::EPERM | libc::EACCES) => true,
+                // A kernel without 16-bit segments.
+                Some(libc::EINVAL) => flags & 4 == 0,
+                _ => false,
+            };
+            assert!(lacking, "descriptor {n}: modify_ldt: {e}");
+            return Err(e);
+        }
+    }
+    Ok(())
 }
 
 fn install() {
@@ -384,6 +471,17 @@ fn leave(u: &mut libc::ucontext_t, kind: u64) {
     }
     (c.fs_out, c.gs_out) = (fs, gs);
     let g = &mut u.uc_mcontext.gregs;
+    let (es, ds, fs, gs): (u16, u16, u16, u16);
+    // SAFETY: reads the selectors, which a signal leaves as they were.
+    unsafe {
+        std::arch::asm!(
+            "mov {0:x}, es", "mov {1:x}, ds", "mov {2:x}, fs", "mov {3:x}, gs",
+            out(reg) es, out(reg) ds, out(reg) fs, out(reg) gs,
+        );
+    }
+    let cs_ss = &mut g[libc::REG_CSGSFS as usize];
+    c.selectors_out = [es, ds, fs, gs, (*cs_ss >> 48) as u16, *cs_ss as u16];
+    *cs_ss = 0x33 | 0x2b << 48;
     let order = [
         libc::REG_RAX,
         libc::REG_RCX,

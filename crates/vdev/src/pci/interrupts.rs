@@ -3,12 +3,14 @@
 //! MSI: PCI Local Bus Specification 3.0 §6.8.1; MSI-X: §6.8.2; INTx: §6.2.2 and §6.2.3
 //! (Interrupt Disable, Interrupt Status).
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use pyrite_state::Inspect;
 
 use crate::bus::lock;
-use crate::irq::{IrqLine, MsiMessage, MsiSink};
+use crate::irq::{IrqLine, MsiMessage, MsiRoute, MsiSink};
 
 /// Most vectors of an MSI-X table.
 pub(super) const MSIX_MAX_VECTORS: u16 = 2048;
@@ -164,6 +166,52 @@ pub(super) struct Shared {
     pub state: Mutex<IrqState>,
     pub line: OnceLock<IrqLine>,
     pub sink: OnceLock<Arc<dyn MsiSink>>,
+    pub routes: Routes,
+}
+
+/// A route and the message it sends.
+type Routed = (MsiMessage, Box<dyn MsiRoute>);
+
+/// Ways of MSI-X vectors, opened when a vector is first signalled. They are not part of the saved
+/// state: a restored function opens its own.
+#[derive(Default)]
+pub(super) struct Routes {
+    /// The sink has none to give.
+    none: AtomicBool,
+    // LOCK ORDER: taken alone, so that a change and the sending that follows stay together.
+    by_vector: Mutex<BTreeMap<u16, Routed>>,
+}
+
+impl Routes {
+    /// Sends a vector's message by its route; `false` if it has none.
+    fn send(&self, sink: &dyn MsiSink, vector: u16, msi: MsiMessage) -> bool {
+        if self.none.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut routes = lock(&self.by_vector);
+        if let Some((last, route)) = routes.get_mut(&vector) {
+            if *last != msi {
+                if !route.change(msi) {
+                    routes.remove(&vector);
+                    return false;
+                }
+                *last = msi;
+            }
+            route.trigger();
+            return true;
+        }
+        match sink.open_route(msi) {
+            Some(route) => {
+                route.trigger();
+                routes.insert(vector, (msi, route));
+                true
+            }
+            None => {
+                self.none.store(true, Ordering::Relaxed);
+                false
+            }
+        }
+    }
 }
 
 impl Shared {
@@ -216,6 +264,7 @@ impl PciInterrupts {
                 state: Mutex::new(IrqState::default()),
                 line: OnceLock::new(),
                 sink: OnceLock::new(),
+                routes: Routes::default(),
             }),
         }
     }
@@ -223,16 +272,22 @@ impl PciInterrupts {
     /// Signals `vector` by MSI-X or MSI, whichever the driver enabled; a masked vector becomes
     /// pending. `false` = neither is enabled: the function shall use [`PciInterrupts::set_intx`].
     pub fn signal(&self, vector: u16) -> bool {
-        let message = {
+        let (message, is_msix) = {
             let mut s = lock(&self.shared.state);
             if s.msix_enabled {
-                s.signal_msix(vector)
+                (s.signal_msix(vector), true)
             } else if s.msi.enabled {
-                s.signal_msi(vector)
+                (s.signal_msi(vector), false)
             } else {
                 return false;
             }
         };
+        if is_msix
+            && let (Some(m), Some(sink)) = (message, self.shared.sink.get())
+            && self.shared.routes.send(&**sink, vector, m)
+        {
+            return true;
+        }
         self.shared.send(message.as_slice());
         true
     }

@@ -228,3 +228,98 @@ fn arbitrary_accesses_keep_read_only_registers_and_restorable_state() {
         assert_eq!(other.save(), saved);
     }
 }
+
+/// A sink with routes.
+#[derive(Default)]
+struct Router {
+    /// Messages sent without a route.
+    plain: Mutex<Vec<MsiMessage>>,
+    /// What routes did.
+    log: Arc<Mutex<Vec<(&'static str, u32)>>>,
+    refuse: bool,
+}
+struct Route(Arc<Mutex<Vec<(&'static str, u32)>>>, Mutex<u32>);
+impl crate::irq::MsiRoute for Route {
+    fn trigger(&self) {
+        lock(&self.0).push(("trigger", *lock(&self.1)));
+    }
+    fn change(&self, msi: MsiMessage) -> bool {
+        lock(&self.0).push(("change", msi.data));
+        *lock(&self.1) = msi.data;
+        msi.data != 0xbad
+    }
+}
+impl MsiSink for Router {
+    fn send(&self, msi: MsiMessage) {
+        lock(&self.plain).push(msi);
+    }
+    fn open_route(&self, msi: MsiMessage) -> Option<Box<dyn crate::irq::MsiRoute>> {
+        lock(&self.log).push(("open", msi.data));
+        let route = Route(Arc::clone(&self.log), Mutex::new(msi.data));
+        (!self.refuse).then(|| Box::new(route) as Box<_>)
+    }
+}
+
+fn routed(refuse: bool) -> (ConfigSpace, Arc<Router>) {
+    let r = Arc::new(Router {
+        refuse,
+        ..Router::default()
+    });
+    let mut c = ConfigSpace::new(PciIds::default());
+    c.add_bar(0, BarKind::Mem64, 0x4000);
+    let layout = MsixLayout {
+        table_bar: 0,
+        table_offset: 0x2000,
+        pba_bar: 0,
+        pba_offset: 0x3000,
+    };
+    c.add_msix(4, layout, r.clone());
+    let at = find(&c, cap::MSIX);
+    c.write(at + 2, &0x8000u16.to_le_bytes());
+    (c, r)
+}
+
+fn set_vector(c: &mut ConfigSpace, vector: u64, data: u32, control: u32) {
+    let at = 0x2000 + vector * 16;
+    c.msix_write(0, at, &0xfee0_0000u64.to_le_bytes());
+    c.msix_write(0, at + 8, &data.to_le_bytes());
+    c.msix_write(0, at + 12, &control.to_le_bytes());
+}
+
+#[test]
+fn msix_routes_are_opened_once_and_follow_the_table() {
+    let (mut c, r) = routed(false);
+    let irq = c.interrupts();
+    set_vector(&mut c, 1, 0x41, 0);
+    assert!(irq.signal(1) && irq.signal(1));
+    set_vector(&mut c, 1, 0x42, 0);
+    assert!(irq.signal(1));
+    let want = [
+        ("open", 0x41),
+        ("trigger", 0x41),
+        ("trigger", 0x41),
+        ("change", 0x42),
+        ("trigger", 0x42),
+    ];
+    assert_eq!(*lock(&r.log), want);
+    // Masked: nothing is sent; unmasked: what was pending goes the plain way.
+    set_vector(&mut c, 1, 0x42, 1);
+    assert!(irq.signal(1));
+    assert_eq!(*lock(&r.log), want);
+    set_vector(&mut c, 1, 0x42, 0);
+    assert_eq!(lock(&r.plain).pop().map(|m| m.data), Some(0x42));
+    // A message that the route does not take goes the plain way as well.
+    set_vector(&mut c, 1, 0xbad, 0);
+    assert!(irq.signal(1));
+    assert_eq!(lock(&r.plain).pop().map(|m| m.data), Some(0xbad));
+}
+
+#[test]
+fn a_sink_without_routes_is_asked_once() {
+    let (mut c, r) = routed(true);
+    let irq = c.interrupts();
+    set_vector(&mut c, 2, 0x51, 0);
+    assert!(irq.signal(2) && irq.signal(2));
+    assert_eq!(*lock(&r.log), [("open", 0x51)]);
+    assert_eq!(lock(&r.plain).len(), 2);
+}

@@ -18,9 +18,10 @@ use std::sync::{Arc, Mutex};
 use pyrite_mem::GuestMemory;
 use pyrite_state::{Inspect, Section, StateError};
 use pyrite_vdev::bus::lock;
-use pyrite_vdev::pci::{ConfigSpace, MsixLayout, PciIds, PciInterrupts, cap};
+use pyrite_vdev::pci::{ConfigSpace, Doorbell, MsixLayout, PciIds, PciInterrupts, cap};
 use pyrite_vdev::{BarKind, Dma, IrqLine, Lifecycle, MsiSink, PciFunction};
 
+use self::doorbells::Doorbells;
 use crate::device::{VirtioDevice, read_config};
 use crate::link::{DriverLink, Signal};
 use crate::spec::{
@@ -30,6 +31,7 @@ use crate::spec::{
 };
 
 mod common;
+mod doorbells;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -141,6 +143,8 @@ pub struct VirtioPciDevice {
     resetting: Option<u8>,
     /// Packed rings are offered.
     packed: bool,
+    /// Where the engine signals notifications without leaving the guest.
+    doorbells: Option<Doorbells>,
 }
 
 fn region(kind: u8, at: u64, len: u32, extra: &[u8]) -> Vec<u8> {
@@ -231,6 +235,7 @@ impl VirtioPciDevice {
             queue_select: 0,
             resetting: None,
             packed: false,
+            doorbells: None,
         }))
     }
 
@@ -238,6 +243,25 @@ impl VirtioPciDevice {
     /// offered, and split rings are what every driver is tested with. Before the first start.
     pub fn offer_packed_rings(&mut self, offer: bool) {
         self.packed = offer;
+    }
+
+    /// Takes notifications by event descriptors ([`PciFunction::doorbells`]) on a thread of the
+    /// device's own, for engines that can signal them. Notifications that arrive as stores are
+    /// taken as ever. Before the function is plugged in.
+    pub fn take_doorbells(device: &Arc<Mutex<VirtioPciDevice>>) -> std::io::Result<()> {
+        let me = Arc::downgrade(device);
+        let mut d = lock(device);
+        // Linux cuts thread names off after 15 bytes; the kind of device must still be seen.
+        let name = format!("bell-{}", d.unit.trim_start_matches("virtio-"));
+        // A notification of the time before a pause or reset comes to nothing in `notify`, and
+        // starting notifies every queue, so none that was under way is lost.
+        let ring = move |queue| {
+            if let Some(device) = me.upgrade() {
+                lock(&device).notify(queue);
+            }
+        };
+        d.doorbells = Some(Doorbells::new(&name, d.link.queue_count(), ring)?);
+        Ok(())
     }
 
     /// The link between device and driver, for tests and inspection.
@@ -424,6 +448,20 @@ impl PciFunction for VirtioPciDevice {
             _ => {}
         }
     }
+
+    fn doorbells(&self) -> Vec<Doorbell> {
+        let fds = self.doorbells.iter().flat_map(Doorbells::fds);
+        (0..)
+            .zip(fds)
+            .map(|(n, fd)| Doorbell {
+                bar: BAR,
+                offset: NOTIFY_AT + n * NOTIFY_STEP,
+                size_bytes: 0,
+                datamatch: None,
+                fd,
+            })
+            .collect()
+    }
 }
 
 impl Lifecycle for VirtioPciDevice {
@@ -473,7 +511,7 @@ impl Lifecycle for VirtioPciDevice {
                 Some((n.to_string(), q.inspect(&self.memory)))
             })
             .collect();
-        Inspect::node([
+        let mut node = Inspect::node([
             ("status", Inspect::Hex(u64::from(self.link.status()))),
             ("isr", Inspect::Hex(lock(&self.signal.vectors).isr.into())),
             ("features", Inspect::Hex(self.link.features())),
@@ -482,6 +520,10 @@ impl Lifecycle for VirtioPciDevice {
             ("queues", Inspect::Node(queues)),
             ("device", self.device.inspect()),
             ("pci", self.config.inspect()),
-        ])
+        ]);
+        if let (Some(d), Inspect::Node(n)) = (&self.doorbells, &mut node) {
+            n.push(("doorbell_rings".into(), Inspect::Uint(d.rings())));
+        }
+        node
     }
 }

@@ -84,7 +84,7 @@ fn protected(memory: &GuestMemory, code: u32, rip: u64) -> Result<CpuState, Boot
 }
 
 /// Flat 32-bit protected mode without paging, interrupts off.
-pub(super) fn protected_32(memory: &GuestMemory, rip: u64) -> Result<CpuState, BootError> {
+pub(crate) fn protected_32(memory: &GuestMemory, rip: u64) -> Result<CpuState, BootError> {
     protected(memory, CODE32, rip)
 }
 

@@ -28,6 +28,8 @@ fn written(name: &str) -> (Dir, GuestMemory) {
         state_crc: 0,
         memory_crc: 0,
         cpuid: vec![[1, 0, 0, 1, 2, 3, 4], [7, 1, 1, 5, 6, 7, 8]],
+        tsc_khz: 1_000_000,
+        manifest_crc: 0,
     };
     let sections = [Section::new("u", "kind", 1, &7u32)];
     write(&dir.0, &manifest, &sections, &memory).unwrap();
@@ -93,4 +95,29 @@ fn damaged_and_incomplete_snapshots_are_refused() {
             .unwrap_err()
             .contains("complete snapshot")
     );
+}
+
+#[test]
+fn a_changed_manifest_is_refused() {
+    let (dir, _) = written("manifest");
+    let path = dir.0.join(MANIFEST);
+    let good = fs::read_to_string(&path).unwrap();
+    let bad = good.replace("\"clock_ns\": 5", "\"clock_ns\": 6");
+    assert_ne!(good, bad);
+    fs::write(&path, bad).unwrap();
+    let e = Manifest::read(&dir.0).unwrap_err();
+    assert!(e.contains("checksum"), "{e}");
+}
+
+#[test]
+fn another_tsc_frequency_is_refused() {
+    same_tsc(2_399_999, 2_400_300).unwrap();
+    same_tsc(2_400_300, 2_399_999).unwrap();
+    let e = same_tsc(2_400_000, 2_601_000).unwrap_err().to_string();
+    assert!(
+        e.contains("2400.000 MHz") && e.contains("2601.000 MHz"),
+        "{e}"
+    );
+    assert!(same_tsc(0, 1).is_err());
+    assert!(same_tsc(u64::MAX, 1).is_err());
 }

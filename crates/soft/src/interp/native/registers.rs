@@ -6,9 +6,12 @@
     reason = "brings the XSAVE area to a form with every component written"
 )]
 
-use iced_x86::Register;
+use iced_x86::{Mnemonic, Register};
 
+use crate::interp::Op;
+use crate::interp::integer::Done;
 use crate::interp::native::unit::component;
+use crate::sys::Next;
 use crate::vcpu::SoftVcpu;
 
 /// Writes out every component that is in its initial state, so that the bytes of the area are the
@@ -60,6 +63,24 @@ pub fn set_vector(v: &mut SoftVcpu, n: usize, value: &[u8; 64]) {
             b.copy_from_slice(&value[16 * piece..16 * piece + 16]);
         }
     }
+}
+
+/// VZEROALL and VZEROUPPER outside 64-bit mode, where they reach registers 0 to 7 only. Intel SDM
+/// Vol. 2C.
+pub fn zero_low(v: &mut SoftVcpu, op: &Op) -> Done {
+    super::check_vector(v, &op.i)?;
+    normalise(v);
+    let from = if op.i.mnemonic() == Mnemonic::Vzeroall {
+        0
+    } else {
+        16
+    };
+    for n in 0..8 {
+        let mut x = vector(v, n);
+        x[from..].fill(0);
+        set_vector(v, n, &x);
+    }
+    Ok(Next::Sequential)
 }
 
 fn opmask_place(v: &SoftVcpu, r: Register) -> Option<usize> {
