@@ -15,15 +15,21 @@ use pyrite_mem::GuestMemory;
 
 mod check;
 pub mod conformance;
+pub mod image;
 mod io;
 pub mod mem_disk;
+pub mod payload;
 pub mod raw;
+pub mod served;
+pub mod storage;
 #[cfg(test)]
 mod tests;
 
-pub use check::{MAX_TRANSFER_BYTES, check_request};
+pub use check::{MAX_TRANSFER_BYTES, check_request, check_span};
+pub use image::{Format, Image, ImageError};
 pub use mem_disk::MemDisk;
 pub use raw::{OpenError, RawDisk};
+pub use served::ImageDisk;
 
 /// What is known of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +64,12 @@ pub enum DiskError {
     /// The guest buffer is not RAM.
     #[error("buffer is not guest RAM")]
     BadBuffer,
+    /// The image contradicts itself. Nothing is written to it any more.
+    #[error("{0}")]
+    Corrupt(String),
+    /// The format, or this image, cannot do that.
+    #[error("{0}")]
+    Unsupported(String),
     /// Anything else from the host.
     #[error("host I/O failed")]
     Io(#[source] std::io::Error),
