@@ -13,12 +13,14 @@ use std::sync::Arc;
 
 use pyrite_mem::GuestMemory;
 
+mod bytes;
 mod check;
 pub mod conformance;
 pub mod image;
 mod io;
 pub mod mem_disk;
 pub mod payload;
+pub mod qcow2;
 pub mod raw;
 pub mod served;
 pub mod storage;

@@ -149,6 +149,21 @@ impl<'a> Target<'a> {
         }
     }
 
+    /// Lets `fill` fill the next `len` bytes, all of them.
+    pub fn with_part(
+        &mut self,
+        len: u64,
+        fill: impl FnOnce(&mut Target<'_>) -> Result<(), DiskError>,
+    ) -> Result<(), DiskError> {
+        match &mut self.0 {
+            TargetKind::Guest(g) => {
+                let (memory, bufs) = (g.memory, g.take(len));
+                fill(&mut Target::guest(memory, &bufs))
+            }
+            TargetKind::Host(_) => fill(&mut Target::host(self.split_host(len))),
+        }
+    }
+
     fn split_host(&mut self, len: u64) -> &'a mut [u8] {
         let TargetKind::Host(buf) = &mut self.0 else {
             return &mut [];
