@@ -18,14 +18,24 @@ mod check;
 pub mod conformance;
 pub mod image;
 mod io;
+pub mod jobs;
+mod mapped;
 pub mod mem_disk;
+pub mod open;
 pub mod payload;
 pub mod qcow2;
 pub mod raw;
 pub mod served;
 pub mod storage;
+pub mod targets;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
+mod vdi;
+mod vhd;
+mod vhdx;
+mod vmdk;
 
 pub use check::{MAX_TRANSFER_BYTES, check_request, check_span};
 pub use image::{Format, Image, ImageError};

@@ -31,7 +31,7 @@ use crate::{DiskError, DiskInfo};
 mod bitmaps;
 mod cache;
 mod check;
-pub(crate) mod compress;
+mod compress;
 mod create;
 mod entry;
 mod flush;
@@ -47,6 +47,7 @@ mod write;
 mod zero;
 
 pub use check::{CheckReport, Repair};
+pub use compress::pack;
 pub use create::{CreateOptions, create};
 pub use header::Compression;
 
@@ -148,8 +149,28 @@ impl Qcow2 {
         backing: Option<Arc<dyn Image>>,
         read_only: bool,
     ) -> Result<Qcow2, DiskError> {
-        let image = Qcow2::open_as_is(storage, backing, read_only)?;
-        if read_only {
+        Qcow2::open_as_is(storage, backing, read_only)?.ready()
+    }
+
+    /// Opens for writing without the backing file: what is not in the image itself is absent.
+    pub fn open_top(storage: Box<dyn Storage>) -> Result<Qcow2, DiskError> {
+        Qcow2::open_unbacked(storage, false)?.ready()
+    }
+
+    /// Opens for its details only.
+    pub fn open_details(storage: Box<dyn Storage>) -> Result<Qcow2, DiskError> {
+        Qcow2::open_unbacked(storage, true)
+    }
+
+    /// How new clusters of this image would be compressed.
+    pub fn compression(&self) -> Compression {
+        self.compression
+    }
+
+    /// Sees to what must be done before writing.
+    fn ready(self) -> Result<Qcow2, DiskError> {
+        let image = self;
+        if image.read_only {
             return Ok(image);
         }
         let incompat = image.meta().header.incompat;

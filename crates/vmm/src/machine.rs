@@ -3,15 +3,18 @@
 //! Assembling starts nothing. The [state driver](crate::run) owns the machine and is the only one
 //! that changes what it does.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use pyrite_api::v1::{ConsoleKind, NetKind, NetSpec, Protocol, SpecError, VmSpec};
+use pyrite_api::v1::{
+    ConsoleKind, DiskFormat, DiskSpec, NetKind, NetSpec, Protocol, SpecError, VmSpec,
+};
 use pyrite_devices::acpi_pm::AcpiPm;
 use pyrite_devices::chipset::{Chipset, ChipsetConfig};
 use pyrite_devices::uart::NoSerial;
-use pyrite_disk::BlockBackend;
+use pyrite_disk::image::References;
+use pyrite_disk::open::{OpenOptions, open};
 use pyrite_disk::raw::RawDisk;
+use pyrite_disk::{BlockBackend, Format, ImageDisk};
 use pyrite_engine::{CpuIo, CpuidTable, Vm, VmConfig};
 use pyrite_mem::GuestMemory;
 use pyrite_net::NetBackend;
@@ -260,12 +263,7 @@ fn plug_devices(
     slots: &mut Slots<'_>,
 ) -> Result<(), AssemblyError> {
     for (n, d) in spec.disks.iter().enumerate() {
-        let backend = open_disk(&d.path, d.read_only).map_err(|e| {
-            input(
-                format!("disks[{n}].path"),
-                format!("{}: {e}", d.path.display()),
-            )
-        })?;
+        let backend = open_disk(d).map_err(|e| input(format!("disks[{n}].path"), e))?;
         let config = BlkConfig {
             serial: d.serial.clone().unwrap_or_default(),
             ..BlkConfig::default()
@@ -310,9 +308,37 @@ fn plug_devices(
     Ok(())
 }
 
-fn open_disk(path: &Path, read_only: bool) -> Result<Arc<dyn BlockBackend>, String> {
-    let disk = RawDisk::open(path, read_only).map_err(|e| e.to_string())?;
-    Ok(Arc::new(disk))
+fn open_disk(disk: &DiskSpec) -> Result<Arc<dyn BlockBackend>, String> {
+    let path = &disk.path;
+    if disk.format == DiskFormat::Raw {
+        let raw =
+            RawDisk::open(path, disk.read_only).map_err(|e| format!("{}: {e}", path.display()))?;
+        return Ok(Arc::new(raw));
+    }
+    let image = open(path, open_options(disk)).map_err(|e| e.to_string())?;
+    let served = ImageDisk::new(image)
+        .map_err(|e| format!("cannot start the threads of disk {}: {e}", path.display()))?;
+    Ok(Arc::new(served))
+}
+
+/// How the image of a disk is opened.
+pub(crate) fn open_options(disk: &DiskSpec) -> OpenOptions {
+    OpenOptions {
+        format: match disk.format {
+            DiskFormat::Raw => Format::Raw,
+            DiskFormat::Qcow2 => Format::Qcow2,
+            DiskFormat::Vmdk => Format::Vmdk,
+            DiskFormat::Vdi => Format::Vdi,
+            DiskFormat::Vhd => Format::Vhd,
+            DiskFormat::Vhdx => Format::Vhdx,
+        },
+        read_only: disk.read_only,
+        references: if disk.allow_backing {
+            References::Follow
+        } else {
+            References::Refuse
+        },
+    }
 }
 
 fn user_network(spec: &NetSpec) -> Result<Arc<dyn NetBackend>, AssemblyError> {

@@ -109,11 +109,6 @@ impl Cache {
         }
     }
 
-    /// Slices that wait to be written.
-    pub(crate) fn dirty(&self) -> usize {
-        self.dirty
-    }
-
     /// So much is dirty that it should be written before more is changed.
     pub(crate) fn is_pressed(&self) -> bool {
         self.dirty * 2 > self.max

@@ -37,7 +37,6 @@ pub(crate) const MAX_OFFSET: u64 = 1 << 56;
 /// Byte offsets of the header's fields that are changed one by one.
 pub(crate) mod field {
     pub(crate) const SIZE: u64 = 24;
-    pub(crate) const L1_SIZE: u64 = 36;
     pub(crate) const REFTABLE: u64 = 48;
     pub(crate) const SNAPSHOTS: u64 = 60;
     pub(crate) const INCOMPAT: u64 = 72;

@@ -454,6 +454,58 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// The image, for reading only, as it was when a snapshot (id or name) was made.
+    pub fn at_snapshot(self, name: &str) -> Result<Qcow2, DiskError> {
+        if !self.read_only {
+            return Err(DiskError::Unsupported(
+                "a snapshot is looked at in an image that is open for reading only".into(),
+            ));
+        }
+        {
+            let mut guard = self.meta();
+            let m = &mut *guard;
+            let index = Qcow2::find(m, name)?;
+            let Some(s) = m.snapshots.get(index).cloned() else {
+                return Err(damaged("a snapshot is gone"));
+            };
+            let (l1, tables) = read_l1(
+                &*self.storage,
+                s.l1_offset,
+                s.l1_entries.into(),
+                self.layout,
+            )?;
+            m.l1 = l1;
+            m.l2_tables = tables;
+            m.l2.clear();
+            self.size.store(s.disk_bytes, Ordering::Release);
+        }
+        Ok(self)
+    }
+
+    /// Forgets all content: everything is absent. Snapshots stay.
+    pub fn empty(&self) -> Result<(), DiskError> {
+        self.before_write()?;
+        let quiet = self.quiet()?;
+        let mut guard = self.meta();
+        let m = &mut *guard;
+        let old = m.l1.clone();
+        m.l1.fill(0);
+        m.l2.clear();
+        m.l2_tables.clear();
+        m.l1_dirty = (0..(old.len() * 8).div_ceil(L1_CHUNK)).collect();
+        for (at, bytes) in super::flush::l1_chunks(m) {
+            self.storage.write_at(at, &bytes).map_err(host)?;
+        }
+        m.l1_dirty.clear();
+        self.storage.sync().map_err(host)?;
+        self.drop_references(m, &old)?;
+        let size = self.size();
+        m.bitmaps.mark(0, size);
+        drop(guard);
+        drop(quiet);
+        self.flush_all()
+    }
+
     /// Deletes a snapshot (id or name).
     pub fn snapshot_delete(&self, name: &str) -> Result<(), DiskError> {
         self.before_write()?;

@@ -31,8 +31,7 @@ fn machine(name: &str) -> (Machine, TempFile) {
         memory_bytes: MEMORY,
         disks: vec![DiskSpec {
             path: path.clone(),
-            read_only: false,
-            serial: None,
+            ..DiskSpec::default()
         }],
         net: NetSpec::default(),
         console: ConsoleKind::Virtio,
