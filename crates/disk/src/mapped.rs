@@ -13,6 +13,9 @@ use crate::payload::{Source, Target};
 use crate::storage::Storage;
 use crate::{DiskError, DiskInfo};
 
+#[cfg(test)]
+mod tests;
+
 /// LIMIT: blocks of an image: 1 TiB with grains of 64 KiB, 128 MiB of memory.
 pub(crate) const MAX_BLOCKS: u64 = 16 << 20;
 

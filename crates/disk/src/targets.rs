@@ -91,7 +91,7 @@ fn make(path: &Path, options: &TargetOptions) -> Result<Made, ImageError> {
             Format::Qcow2 => {
                 qcow2::create(&file, &options.qcow2)?;
                 // Its backing file is not needed to be filled.
-                return Ok(Made::Qcow2(Qcow2::open_top(Box::new(file))?));
+                return Ok(Made::Qcow2(Box::new(Qcow2::open_top(Box::new(file))?)));
             }
             Format::Vdi => {
                 vdi::create(&file, size, id)?;
@@ -116,7 +116,7 @@ fn make(path: &Path, options: &TargetOptions) -> Result<Made, ImageError> {
 
 enum Made {
     Image(Arc<dyn Image>),
-    Qcow2(Qcow2),
+    Qcow2(Box<Qcow2>),
 }
 
 /// Copies an image into a new one.
@@ -148,7 +148,7 @@ pub fn convert(
         }
         match make(path, options)? {
             Made::Qcow2(q) if compress => copy(source, &mut Packed::new(&q), progress),
-            Made::Qcow2(q) => copy(source, &mut Plain(&q), progress),
+            Made::Qcow2(q) => copy(source, &mut Plain(&*q), progress),
             Made::Image(i) => copy(source, &mut Plain(&*i), progress),
         }
         .map_err(&failed)

@@ -47,6 +47,7 @@ struct VmdkTable {
     /// Sector of each grain table, in each of the directories.
     tables: Vec<Vec<u32>>,
     compressed: bool,
+    grain_sectors: u64,
 }
 
 impl Table for VmdkTable {
@@ -87,18 +88,19 @@ impl Table for VmdkTable {
         let mut marker = [0; 12];
         storage.read_at(at, &mut marker).map_err(map_error)?;
         let bytes = u64::from(le32(&marker, 8));
-        if le64(&marker, 0) / GRAIN_SECTORS.max(1) != index && le64(&marker, 0) == 0 && index != 0 {
+        if le64(&marker, 0) != index * self.grain_sectors {
             return damaged(format!("grain {index} is not at {at:#x}"));
         }
-        if bytes == 0 || bytes > 2 * GRAIN_SECTORS * 512 * 16 {
+        // Deflate never needs twice the size.
+        if bytes == 0 || bytes > 2 * self.grain_sectors * 512 {
             return damaged(format!("a compressed grain of {bytes} bytes"));
         }
         let mut packed = vec![0; bytes as usize];
         storage.read_at(at + 12, &mut packed).map_err(map_error)?;
         let mut out = Vec::new();
-        // LIMIT: the largest grain that `open_sparse` accepts.
+        // LIMIT: a grain.
         let read = flate2::read::ZlibDecoder::new(&packed[..])
-            .take(1 << 24)
+            .take(self.grain_sectors * 512)
             .read_to_end(&mut out);
         match read {
             Ok(_) => Ok(out),
@@ -201,6 +203,7 @@ pub(crate) fn open_sparse(storage: Box<dyn Storage>, read_only: bool) -> Result<
         table: Box::new(VmdkTable {
             tables: directories,
             compressed,
+            grain_sectors: grain,
         }),
         details,
     };
@@ -262,29 +265,41 @@ pub(crate) fn parse_descriptor(text: &str) -> Result<Vec<ExtentLine>, DiskError>
     Ok(out)
 }
 
+/// A range of the disk: where it begins, its bytes, the image that has it (zeroes without one), and
+/// where in that image.
+struct Part {
+    start: u64,
+    len: u64,
+    image: Option<Arc<dyn Image>>,
+    offset: u64,
+}
+
+/// An image, an offset in it, and the bytes left in the part.
+type Place<'a> = (Option<&'a Arc<dyn Image>>, u64, u64);
+
 /// A disk that is several images one after another.
 struct Joined {
-    parts: Vec<(u64, u64, Option<Arc<dyn Image>>, u64)>,
+    parts: Vec<Part>,
     size_bytes: u64,
     read_only: bool,
 }
 
 impl Joined {
-    /// The part that has a byte: image, offset in it, bytes left in the part.
-    fn part(&self, at: u64) -> Result<(Option<&Arc<dyn Image>>, u64, u64), DiskError> {
-        let index = self.parts.partition_point(|(start, ..)| *start <= at);
+    /// What has a byte.
+    fn part(&self, at: u64) -> Result<Place<'_>, DiskError> {
+        let index = self.parts.partition_point(|p| p.start <= at);
         match index.checked_sub(1).and_then(|i| self.parts.get(i)) {
-            Some((start, len, image, offset)) if at < start + len => {
-                Ok((image.as_ref(), offset + (at - start), start + len - at))
-            }
+            Some(p) if at < p.start + p.len => Ok((
+                p.image.as_ref(),
+                p.offset + (at - p.start),
+                p.start + p.len - at,
+            )),
             _ => damaged("the extents have a gap"),
         }
     }
 
     fn each(&self) -> impl Iterator<Item = &Arc<dyn Image>> {
-        self.parts
-            .iter()
-            .filter_map(|(_, _, image, _)| image.as_ref())
+        self.parts.iter().filter_map(|p| p.image.as_ref())
     }
 }
 
@@ -435,7 +450,12 @@ pub(crate) fn open(
                 ),
             ));
         }
-        parts.push((start, len, image, offset));
+        parts.push(Part {
+            start,
+            len,
+            image,
+            offset,
+        });
         start += len;
     }
     if start == 0 || start >= 1 << 62 {

@@ -528,7 +528,8 @@ fn damaged_tables_are_errors() {
         let cluster = options.cluster_bytes as usize;
         let mut random = Random(0xf022 + n as u64);
         // Where tables are: the header, and clusters that look like tables.
-        let mut places = vec![0..112];
+        let mut places = Vec::new();
+        places.push(0..112);
         for (c, bytes) in good.chunks(cluster).enumerate() {
             let table = |b: &[u8]| be64(b, 0) != 0 && be64(b, 0) & 0x3fff_ff00_0000_01ff == 0;
             if c > 0 && bytes.chunks(8).any(table) {

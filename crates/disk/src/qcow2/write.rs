@@ -35,7 +35,7 @@ impl Qcow2 {
     pub(super) fn write_some(&self, at: u64, source: &mut Source<'_>) -> Result<u64, DiskError> {
         let bits = self.layout.cluster_bits;
         let first = at >> bits;
-        let table_end = (first / self.l2_entries + 1) * self.l2_entries << bits;
+        let table_end = ((first / self.l2_entries + 1) * self.l2_entries) << bits;
         let max = source.remaining().min(table_end - at);
         let mut m = self.meta();
         m = self.settled(m, &(first..first + 1));
