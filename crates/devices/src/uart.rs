@@ -378,9 +378,15 @@ impl Lifecycle for Uart {
         let r = &self.regs;
         Inspect::node([
             ("ier", Inspect::Hex(r.ier.into())),
+            // As a read would give it, without the effect of one.
+            ("iir", Inspect::Hex(r.interrupt().into())),
+            ("fcr", Inspect::Hex(r.fcr.into())),
             ("lcr", Inspect::Hex(r.lcr.into())),
             ("mcr", Inspect::Hex(r.mcr.into())),
             ("lsr", Inspect::Hex(r.lsr().into())),
+            ("msr", Inspect::Hex(r.msr.into())),
+            ("thre_pending", Inspect::Bool(r.thre_pending)),
+            ("line", Inspect::Bool(self.driven.unwrap_or(false))),
             ("divisor", Inspect::Uint(r.divisor.into())),
             ("received", Inspect::Uint(r.rx.len() as u64)),
         ])

@@ -11,6 +11,7 @@ mod count;
 mod deliver;
 mod msr;
 mod regs;
+mod show;
 mod timer;
 mod tsc;
 
@@ -26,8 +27,11 @@ use crate::vm::{VmShared, event, lock};
 pub use self::count::BUS_KHZ;
 pub use self::deliver::{deliver_msi, lint0_edge};
 pub use self::msr::{msr_read, msr_write, set_apic_base};
+pub use self::show::inspect;
 pub(crate) use self::timer::TimeKeeper;
-pub use self::timer::{clock_changed, clock_runs, poll_timer, start_timer_thread, time_to_timer};
+pub use self::timer::{
+    clock_changed, clock_runs, poll_timer, start_timer_thread, thread_sleeps_ns, time_to_timer,
+};
 pub use self::tsc::{
     TscStand, guest_tsc, host_tsc_khz, initial_tsc_offset, saved_tsc, set_guest_tsc,
     sleep_precisely, vcpu_starts, vcpu_stops,

@@ -78,13 +78,17 @@ pub struct Frame {
     /// The architectural state. While translated code runs, the general-purpose registers and the
     /// arithmetic flags of `rflags` are in host registers instead, and `xsave` may be.
     pub cpu: CpuState,
-    /// Not 0: leave translated code at the next poll. Set by any thread.
+    /// [`EXIT_WANTED`]: leave translated code at the next poll; else 0. Set by any thread.
     pub exit_request: AtomicU32,
     /// Soft TLBs by [`View`].
     pub tlb: [TlbView; VIEWS],
     /// What emitted code and its stubs keep for themselves.
     pub xlate: crate::xlate::FrameArea,
 }
+
+/// See [`Frame::exit_request`]. No difference of two code-TLB values, so that translated code can
+/// test the sum of both for zero.
+pub const EXIT_WANTED: u32 = 1 << 31;
 
 const STACK_BYTES: usize = 64 * 1024;
 const GUARD_BYTES: usize = 4096;

@@ -127,6 +127,7 @@ fn one(v: &mut SoftVcpu) -> Result<(), Trap> {
     let had_rf = v.frame.cpu.rflags & rflags::RF != 0;
     sys::debug::before_instruction(v)?;
     let op = decode(v)?;
+    v.stats.by_mnemonic[op.i.mnemonic() as usize] += 1;
     let start = v.frame.cpu.rip;
     let single_step = v.frame.cpu.rflags & rflags::TF != 0;
     // The shadow lasts for one instruction; STI and MOV SS set it anew. RF holds for one

@@ -64,7 +64,9 @@ fn update(v: &SoftVcpu) {
 /// The pair (VM's TSC, guest ns) that all vCPUs count from.
 fn common_pair(vm: &VmShared) -> Option<(u64, u64)> {
     let keeper: &TimeKeeper = vm.vcpus.first()?.apic.keeper()?;
-    let now = (apic::guest_tsc(vm), keeper.now_ns());
+    // 20 µs: less than that no reader can tell from the time that reading takes.
+    let enough = vm.tsc_khz / 50;
+    let now = moment(|| apic::guest_tsc(vm), || keeper.now_ns(), enough);
     let mut pair = lock(&keeper.pair);
     if let Some(base) = *pair
         && still_together(base, now, vm.tsc_khz)
@@ -73,6 +75,27 @@ fn common_pair(vm: &VmShared) -> Option<(u64, u64)> {
     }
     *pair = Some(now);
     Some(now)
+}
+
+/// Both clocks at one moment. On a busy host the thread may lose its processor between the two
+/// readings; such a pair would put the clock of one vCPU ahead of the others', for good. So the
+/// pair whose readings were closest together is taken, the first within `enough` cycles.
+fn moment(mut tsc: impl FnMut() -> u64, mut ns: impl FnMut() -> u64, enough: u64) -> (u64, u64) {
+    // LIMIT: a host that interrupts every one of them gets the best.
+    const TRIES: u32 = 16;
+    let mut best = (u64::MAX, (0, 0));
+    for _ in 0..TRIES {
+        let before = tsc();
+        let at = ns();
+        let gap = tsc().saturating_sub(before);
+        if gap < best.0 {
+            best = (gap, (before + gap / 2, at));
+        }
+        if gap <= enough {
+            break;
+        }
+    }
+    best.1
 }
 
 /// The clocks have not come apart since `base`, but for the error of the measured frequency.

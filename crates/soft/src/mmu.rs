@@ -16,7 +16,6 @@ use pyrite_x86::paging::{self, AccessKind, PageTables, PagingMode, Translation};
 use crate::exception::Exception;
 use crate::frame::{TLB_ENTRIES, TlbView, VIEWS, View, empty_tag, slot};
 use crate::vcpu::SoftVcpu;
-use crate::xlate::Jumps;
 
 /// On whose behalf memory is accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +102,17 @@ struct FetchEntry {
     gpa: u64,
     global: bool,
     shift: u8,
+}
+
+/// Where code is fetched from.
+#[derive(Clone, Copy, Debug)]
+pub struct Fetched {
+    /// Guest-physical address of the byte.
+    pub gpa: u64,
+    /// The page is global.
+    pub global: bool,
+    /// log2 of the page's size.
+    pub shift: u8,
 }
 
 const NO_FETCH: FetchEntry = FetchEntry {
@@ -423,17 +433,21 @@ impl SoftVcpu {
 
     /// Guest-physical address of the code byte at linear `lin`, checked as a fetch at the CPL.
     pub fn fetch_gpa(&mut self, lin: u64) -> Result<u64, Exception> {
-        self.fetch_page(lin).map(|(gpa, _)| gpa)
+        self.fetch_page(lin).map(|f| f.gpa)
     }
 
-    /// Like [`SoftVcpu::fetch_gpa`], and whether the page is global.
-    pub fn fetch_page(&mut self, lin: u64) -> Result<(u64, bool), Exception> {
+    /// Like [`SoftVcpu::fetch_gpa`], and what kind of page it is.
+    pub fn fetch_page(&mut self, lin: u64) -> Result<Fetched, Exception> {
         let user = self.frame.cpu.cpl() == 3;
         let n = (lin >> 12) as usize & (FETCH_ENTRIES - 1);
         let page = lin & !(PAGE_SIZE - 1);
         let e = self.notes.fetch[usize::from(user)][n];
         if e.tag == page {
-            return Ok((e.gpa | (lin & (PAGE_SIZE - 1)), e.global));
+            return Ok(Fetched {
+                gpa: e.gpa | (lin & (PAGE_SIZE - 1)),
+                global: e.global,
+                shift: e.shift,
+            });
         }
         let view = if user { View::User } else { View::Supervisor };
         let t = self.walk(lin, AccessKind::Execute, view)?;
@@ -447,7 +461,11 @@ impl SoftVcpu {
             global: t.global,
             shift: t.page_shift,
         };
-        Ok((t.gpa, t.global))
+        Ok(Fetched {
+            gpa: t.gpa,
+            global: t.global,
+            shift: t.page_shift,
+        })
     }
 
     /// Fetches up to 15 code bytes at linear `lin`. Returns how many could be read and, when a
@@ -544,16 +562,10 @@ impl SoftVcpu {
             }
             self.notes.fetched[k] = fetched;
         }
-        if keep_global {
-            self.forget_jumps(Jumps::NonGlobal);
-        } else {
+        if !keep_global {
             self.notes.any_large = false;
-            self.forget_jumps(Jumps::All);
         }
-    }
-
-    fn forget_jumps(&mut self, which: Jumps) {
-        crate::xlate::forget_jumps(self, which);
+        crate::xlate::forget_code_pages(self, keep_global);
     }
 
     /// INVLPG: drops what is cached for the page around `lin`, large pages included.
@@ -577,8 +589,7 @@ impl SoftVcpu {
                 *e = NO_FETCH;
             }
         }
-        // A large page is at most 1 GiB: 2^18 small ones.
-        self.forget_jumps(Jumps::Near(lin, if large { 18 } else { 0 }));
+        crate::xlate::forget_code_page(self, lin);
         // LIMIT: INVLPG in a loop refills slots that are in the lists already.
         let listed = self
             .notes

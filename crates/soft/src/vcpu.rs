@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use pyrite_engine::{EngineError, StopReason, Vcpu};
 use pyrite_state::Inspect;
 use pyrite_x86::bits::{rflags, vector};
-use pyrite_x86::{Activity, CpuState, InterruptShadow, sreg};
+use pyrite_x86::{Activity, CpuState, InterruptShadow, gpr, sreg};
 
 use crate::exception::Trap;
 use crate::frame::Frame;
@@ -46,16 +46,54 @@ impl DerefMut for FrameRef {
 }
 
 /// Counters, for `inspect`.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "named by what they count")]
 pub struct Stats {
     pub interpreted: u64,
+    /// By [`iced_x86::Mnemonic`].
+    pub by_mnemonic: Box<[u64]>,
     pub interrupts: u64,
     pub exceptions: u64,
     pub halts: u64,
     pub mmio_reads: u64,
     pub mmio_writes: u64,
     pub tlb_flushes: u64,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Stats {
+            interpreted: 0,
+            by_mnemonic: vec![0; iced_x86::Mnemonic::values().len()].into(),
+            interrupts: 0,
+            exceptions: 0,
+            halts: 0,
+            mmio_reads: 0,
+            mmio_writes: 0,
+            tlb_flushes: 0,
+        }
+    }
+}
+
+impl Stats {
+    /// Mnemonics that `inspect` shows: those interpreted most often.
+    const SHOWN: usize = 24;
+
+    /// The instructions that were interpreted most often, with how often.
+    fn most_interpreted(&self) -> Inspect {
+        let mut all: Vec<(u64, iced_x86::Mnemonic)> = iced_x86::Mnemonic::values()
+            .zip(&self.by_mnemonic)
+            .filter(|(_, n)| **n != 0)
+            .map(|(m, n)| (*n, m))
+            .collect();
+        all.sort_unstable_by(|a, b| b.cmp(a));
+        all.truncate(Self::SHOWN);
+        Inspect::Node(
+            all.into_iter()
+                .map(|(n, m)| (format!("{m:?}").to_lowercase(), Inspect::Uint(n)))
+                .collect(),
+        )
+    }
 }
 
 /// One vCPU of the software engine.
@@ -190,11 +228,24 @@ impl SoftVcpu {
             ("cs-base", Inspect::Hex(c.seg[sreg::CS].base)),
             ("rip", Inspect::Hex(c.rip)),
             ("rflags", Inspect::Hex(c.rflags)),
+            (
+                "interrupt-enabled",
+                Inspect::Bool(c.rflags & rflags::IF != 0),
+            ),
+            (
+                "interrupt-shadow",
+                Inspect::Text(format!("{:?}", c.interrupt_shadow)),
+            ),
+            ("interrupt-may-wait", Inspect::Bool(self.irq_waiting)),
+            ("nmi-pending", Inspect::Bool(c.nmi_pending)),
+            ("nmi-blocked", Inspect::Bool(c.nmi_blocked)),
+            ("rsp", Inspect::Hex(c.gpr[gpr::RSP])),
             ("cr0", Inspect::Hex(c.cr0)),
             ("cr3", Inspect::Hex(c.cr3)),
             ("cr4", Inspect::Hex(c.cr4)),
             ("efer", Inspect::Hex(c.efer)),
             ("interpreted", Inspect::Uint(s.interpreted)),
+            ("interpreted-most", s.most_interpreted()),
             ("interrupts", Inspect::Uint(s.interrupts)),
             ("exceptions", Inspect::Uint(s.exceptions)),
             ("halts", Inspect::Uint(s.halts)),
@@ -208,6 +259,8 @@ impl SoftVcpu {
                     ("guest-instructions", Inspect::Uint(x.guest_insns)),
                     ("enters", Inspect::Uint(x.enters)),
                     ("lookups", Inspect::Uint(x.lookups)),
+                    ("page-checks", Inspect::Uint(x.page_checks)),
+                    ("jump-conflicts", Inspect::Uint(x.jump_conflicts)),
                     ("links", Inspect::Uint(x.links)),
                     ("polls", Inspect::Uint(x.polls)),
                     ("interpreted", Inspect::Uint(x.interpreted)),

@@ -9,7 +9,7 @@ use pyrite_mem::{CodeListener, GuestMemory};
 use pyrite_state::Inspect;
 
 use crate::apic::Apic;
-use crate::frame::FrameMapping;
+use crate::frame::{EXIT_WANTED, FrameMapping};
 use crate::vcpu::SoftVcpu;
 
 /// Event flags of a vCPU: why it should look up from its work.
@@ -102,7 +102,9 @@ impl VcpuShared {
     /// Raises events and makes the vCPU look.
     pub fn raise(&self, events: u32) {
         self.events.fetch_or(events, Ordering::SeqCst);
-        self.frame.exit_request().store(1, Ordering::SeqCst);
+        self.frame
+            .exit_request()
+            .store(EXIT_WANTED, Ordering::SeqCst);
         let parked = lock(&self.parked);
         if *parked {
             self.wake.notify_all();
@@ -137,6 +139,26 @@ impl VcpuShared {
                 .0;
         }
         s.tree.clone().unwrap_or(Inspect::Node(Vec::new()))
+    }
+
+    /// Where the vCPU is as seen from outside, without disturbing it.
+    fn waits(&self) -> Inspect {
+        let parked = *lock(&self.parked);
+        Inspect::node([
+            ("parked", Inspect::Bool(parked)),
+            (
+                "in-guest",
+                Inspect::Bool(self.in_guest.load(Ordering::SeqCst)),
+            ),
+            (
+                "events",
+                Inspect::Hex(self.events.load(Ordering::SeqCst).into()),
+            ),
+            (
+                "exit-request",
+                Inspect::Uint(self.frame.exit_request().load(Ordering::SeqCst).into()),
+            ),
+        ])
     }
 
     /// Waits until an event is raised or `timeout` has passed.
@@ -270,7 +292,7 @@ impl VmShared {
         for (n, v) in self.vcpus.iter().enumerate() {
             if n != me as usize {
                 v.events.fetch_or(event::EXCLUSIVE, Ordering::SeqCst);
-                v.frame.exit_request().store(1, Ordering::SeqCst);
+                v.frame.exit_request().store(EXIT_WANTED, Ordering::SeqCst);
             }
         }
         for (n, v) in self.vcpus.iter().enumerate() {
@@ -447,8 +469,22 @@ impl Vm for SoftVm {
             ("tsc-khz".to_owned(), Inspect::Uint(shared.tsc_khz)),
             ("exclusive-sections".to_owned(), Inspect::Uint(exclusive)),
         ];
-        for (n, v) in shared.vcpus.iter().enumerate() {
-            children.push((format!("vcpu{n}"), v.inspect()));
+        if let Some(ns) = crate::apic::thread_sleeps_ns(shared) {
+            children.push(("timer-thread-sleeps-ns".to_owned(), Inspect::Uint(ns)));
+        }
+        // First what can be seen without asking: a vCPU that is asked wakes up, and what kept it
+        // asleep would be gone.
+        let outside: Vec<_> = (0..)
+            .zip(&shared.vcpus)
+            .map(|(n, v)| (v.waits(), crate::apic::inspect(shared, n)))
+            .collect();
+        for (n, (v, (waits, apic))) in shared.vcpus.iter().zip(outside).enumerate() {
+            let mut tree = v.inspect();
+            if let Inspect::Node(c) = &mut tree {
+                c.push(("waits".to_owned(), waits));
+                c.push(("apic".to_owned(), apic));
+            }
+            children.push((format!("vcpu{n}"), tree));
         }
         Inspect::Node(children)
     }

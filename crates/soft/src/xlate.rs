@@ -17,6 +17,7 @@
 #![allow(unsafe_code, reason = "runs emitted code")]
 
 mod cache;
+mod code_tlb;
 mod emit;
 mod front;
 mod layout;
@@ -31,9 +32,10 @@ use pyrite_x86::bits::{cr0, cr4, efer, rflags};
 use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
 use self::cache::{BlockKey, Cache};
+use self::code_tlb::{CodeTlb, PageCheck};
 use self::front::{Front, HostFeatures, Place, Tools};
 pub use self::layout::FrameArea;
-use self::layout::{JC_ENTRIES, JC_MASK, reason};
+use self::layout::{JC_MASK, jump_slot, reason};
 use crate::exception::Trap;
 use crate::frame::{Frame, TLB_ENTRIES, View, empty_tag};
 use crate::interp;
@@ -59,6 +61,8 @@ mod mode {
     pub const FS_FLAT: u32 = 1 << 7;
     /// GS likewise.
     pub const GS_FLAT: u32 = 1 << 8;
+    /// All but the view, for which there are jump caches of their own.
+    pub const UNITS: u32 = !VIEW;
 }
 
 /// Which 64-byte parts of each page of RAM have been translated by any vCPU.
@@ -91,6 +95,11 @@ pub struct XlateStats {
     pub guest_insns: u64,
     pub enters: u64,
     pub lookups: u64,
+    /// Entered by the run loop although the jump cache knew the block: as a rule its page had to
+    /// be looked up.
+    pub page_checks: u64,
+    /// Jump-cache entries that took the place of others.
+    pub jump_conflicts: u64,
     pub links: u64,
     pub polls: u64,
     pub interpreted: u64,
@@ -99,38 +108,15 @@ pub struct XlateStats {
     pub stale_pages: u64,
 }
 
-/// An entry of a jump cache that was filled.
-#[derive(Clone, Copy)]
-struct CachedJump {
-    /// RIP >> 12 of its target.
-    page: u64,
-    slot: u16,
-    view: u8,
-    /// The target is in a global page.
-    global: bool,
-}
-
-/// LIMIT: entries remembered one by one; more are forgotten together.
-const JUMPS_MAX: usize = 4 * JC_ENTRIES;
-
-/// Which jump-cache entries to forget.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Jumps {
-    /// All.
-    All,
-    /// Those whose target is not in a global page.
-    NonGlobal,
-    /// Those whose target shares RIP >> (12 + shift) with the address.
-    Near(u64, u8),
-}
-
 /// The translator of one vCPU.
 pub struct Translator {
     cache: Cache,
     tools: Tools,
     host: HostFeatures,
-    /// What the jump caches may hold.
-    jumps: Vec<CachedJump>,
+    /// Mappings of the pages that code was translated from.
+    code_tlb: CodeTlb,
+    /// [`mode::UNITS`] that the code TLB's content is for.
+    units: u32,
     /// What an instruction interpreted in place ended with.
     trap: Option<Trap>,
     /// Blocks that must poll at their entry because a backward jump leads there.
@@ -160,6 +146,7 @@ impl Translator {
         x.stub_miss = stubs::miss as *const () as u64;
         x.stub_slow = stubs::slow as *const () as u64;
         x.stub_step = stubs::step as *const () as u64;
+        x.stub_step_jump = stubs::step_jump as *const () as u64;
         x.stub_fpu = stubs::fpu_load as *const () as u64;
         for jc in &mut x.jump_cache {
             jc.fill(stubs::miss as *const () as u64);
@@ -171,11 +158,20 @@ impl Translator {
                 bmi2: fast_pext(),
                 decoder: interp::vendor_options(vm.cpuid.get(0, 0)),
             },
-            jumps: Vec::new(),
+            code_tlb: CodeTlb::default(),
+            units: 0,
             trap: None,
             must_poll: std::collections::HashSet::new(),
             stats: XlateStats::default(),
         })
+    }
+
+    /// True if the instruction of which these are all bytes in its page needs more.
+    fn cuts_off(&self, key: BlockKey, bytes: &[u8]) -> bool {
+        let bits = if key.mode & mode::CODE64 != 0 { 64 } else { 32 };
+        let mut d = iced_x86::Decoder::with_ip(bits, bytes, key.rip, self.host.decoder);
+        let _ = d.decode();
+        d.last_error() == iced_x86::DecoderError::NoMoreBytes
     }
 
     /// Bytes of emitted code now.
@@ -344,10 +340,42 @@ unsafe extern "sysv64" fn step_in_place(frame: *mut Frame) -> u32 {
     1
 }
 
+/// Called by the step-and-jump stub: interprets the instruction at RIP, which goes elsewhere or
+/// changes the mode. The host address at which to go on, 0 = leave.
+unsafe extern "sysv64" fn step_and_jump(frame: *mut Frame) -> u64 {
+    // SAFETY: as in `slow_memory`.
+    let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
+    v.xlate.stats.interpreted += 1;
+    let flags = flags_from_lahf(v.frame.xlate.flags);
+    v.frame.cpu.rflags = (v.frame.cpu.rflags & !rflags::ARITH) | flags;
+    let outcome = interp::step(v);
+    v.frame.xlate.flags = flags_to_lahf(v.frame.cpu.rflags);
+    v.frame.xlate.irq_waiting = u32::from(v.irq_waiting);
+    v.frame.xlate.reason = reason::STEPPED;
+    if let Err(trap) = outcome {
+        v.xlate.trap = Some(trap);
+        return 0;
+    }
+    if run_loop_wanted(v) {
+        return 0;
+    }
+    let Some(m) = mode_of(v) else { return 0 };
+    if v.xlate.units != m & mode::UNITS {
+        return 0;
+    }
+    let rip = v.frame.cpu.rip;
+    let to = v.frame.xlate.jump_cache[(m & mode::VIEW) as usize][jump_slot(rip)];
+    if to == stubs::miss as *const () as u64 {
+        return 0;
+    }
+    to
+}
+
 /// True when the run loop has something to do before more guest code runs.
 fn run_loop_wanted(v: &SoftVcpu) -> bool {
     let c = &v.frame.cpu;
     v.shared().events.load(Ordering::SeqCst) != 0
+        || v.frame.exit_request.load(Ordering::SeqCst) != 0
         || c.activity != Activity::Running
         || c.interrupt_shadow != InterruptShadow::None
         || (v.irq_waiting && c.rflags & rflags::IF != 0)
@@ -359,13 +387,13 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
     loop {
         let Some(m) = mode_of(v) else { return Ok(()) };
         let linear_rip = v.frame.cpu.rip;
-        let (gpa, global) = match v.fetch_page(linear_rip) {
+        let fetched = match v.fetch_page(linear_rip) {
             Ok(g) if v.canonical(linear_rip) || m & mode::CODE64 == 0 => g,
             // The interpreter raises the fetch's exception.
             _ => return interp::step(v),
         };
         let key = BlockKey {
-            gpa,
+            gpa: fetched.gpa,
             rip: linear_rip,
             mode: m,
         };
@@ -377,7 +405,6 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
             continue;
         };
         let b = &v.xlate.cache.blocks[id as usize];
-        let (entry, checked) = (b.entry, b.checked_entry);
         if b.interpret_first {
             v.xlate.stats.interpreted += 1;
             interp::step(v)?;
@@ -386,29 +413,42 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
             }
             continue;
         }
-        // The jump cache saves the next look-up of this target.
         let base = v.xlate.cache.base();
         let view = (m & mode::VIEW) as usize;
-        let slot = (linear_rip as usize) & (JC_ENTRIES - 1);
+        let (entry, checked) = (b.entry, b.checked_entry);
+        let (page, second) = (b.page, b.second);
+        if v.xlate.units != m & mode::UNITS {
+            forget_code_pages(v, false);
+            v.xlate.units = m & mode::UNITS;
+        }
+        // What saves the next look-up of this target.
+        let frame = &mut v.frame.xlate;
         let checked = base + u64::from(checked);
-        if v.frame.xlate.jump_cache[view][slot] != checked {
-            if v.xlate.jumps.len() >= JUMPS_MAX {
-                forget_jumps(v, Jumps::All);
+        let known = std::mem::replace(&mut frame.jump_cache[view][jump_slot(linear_rip)], checked);
+        v.xlate.stats.page_checks += u64::from(known == checked);
+        v.xlate.stats.jump_conflicts +=
+            u64::from(known != checked && known != stubs::miss as *const () as u64);
+        v.xlate
+            .code_tlb
+            .fill(&mut frame.code_tlb, page, linear_rip, fetched);
+        if let Some((_, page)) = second {
+            let next = next_page(linear_rip);
+            if let Ok(from) = v.fetch_page(next) {
+                let table = &mut v.frame.xlate.code_tlb;
+                v.xlate.code_tlb.fill(table, page, next, from);
             }
-            v.frame.xlate.jump_cache[view][slot] = checked;
-            let page = linear_rip >> 12;
-            v.xlate.jumps.push(CachedJump {
-                page,
-                slot: slot as u16,
-                view: view as u8,
-                global,
-            });
         }
         v.frame.xlate.target = base + u64::from(entry);
         enter(v);
         match v.frame.xlate.reason {
-            reason::LINK => link(v, m),
-            reason::LOOKUP => v.xlate.stats.lookups += 1,
+            reason::LINK => link(v),
+            reason::LOOKUP => {
+                v.xlate.stats.lookups += 1;
+                if v.long64() && !v.canonical(v.frame.cpu.rip) {
+                    undo_branch(v)?;
+                    interp::step(v)?;
+                }
+            }
             reason::POLL => {
                 v.xlate.stats.polls += 1;
                 return Ok(());
@@ -419,7 +459,8 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
                 }
             }
             reason::SIGNAL => {
-                locate_signal(v)?;
+                v.xlate.stats.signals += 1;
+                locate(v, v.frame.xlate.fault_rip)?;
                 v.xlate.stats.interpreted += 1;
                 interp::step(v)?;
             }
@@ -466,33 +507,39 @@ fn enter(v: &mut SoftVcpu) {
     RUNNING.set((0, 0, 0));
 }
 
-/// Sets RIP to the guest instruction whose emitted code raised a signal.
-fn locate_signal(v: &mut SoftVcpu) -> Result<(), Trap> {
-    v.xlate.stats.signals += 1;
-    let at = v.frame.xlate.fault_rip;
+/// Sets RIP to the guest instruction whose emitted code is at `at`. Returns what `Block::pops` says.
+fn locate(v: &mut SoftVcpu, at: u64) -> Result<u32, Trap> {
     let cache = &v.xlate.cache;
     let found = cache.block_at(at).and_then(|b| {
         let off = (at - cache.base()) as u32 - b.start;
         let n = b.map.partition_point(|(h, _)| *h <= off);
-        b.map
-            .get(n.checked_sub(1)?)
-            .map(|(_, g)| b.key.rip.wrapping_add(u64::from(*g)))
+        let (_, g) = b.map.get(n.checked_sub(1)?)?;
+        Some((b.key.rip.wrapping_add(u64::from(*g)), b.pops))
     });
     match found {
-        Some(rip) => {
+        Some((rip, pops)) => {
             v.frame.cpu.rip = rip;
-            Ok(())
+            Ok(pops)
         }
         None => Err(Trap::Stop(pyrite_engine::StopReason::Failed(
-            EngineError::Internal(format!(
-                "a host signal at {at:#x} belongs to no translated block"
-            )),
+            EngineError::Internal(format!("{at:#x} belongs to no translated block")),
         ))),
     }
 }
 
+/// An indirect JMP or RET has led to a non-canonical address, where the processor raises #GP at the
+/// branch: back to the state before it. Intel SDM Vol. 2A (JMP), Vol. 2B (RET).
+fn undo_branch(v: &mut SoftVcpu) -> Result<(), Trap> {
+    let base = v.xlate.cache.base();
+    let offset = v.frame.xlate.branch.wrapping_sub(base as u32);
+    let pops = locate(v, base + u64::from(offset))?;
+    let sp = &mut v.frame.cpu.gpr[pyrite_x86::gpr::RSP];
+    *sp = sp.wrapping_sub(u64::from(pops));
+    Ok(())
+}
+
 /// Links the exit that was just taken to its target, if it can be found or made.
-fn link(v: &mut SoftVcpu, m: u32) {
+fn link(v: &mut SoftVcpu) {
     let x = v.frame.xlate.link;
     let Some(exit) = v.xlate.cache.exits.get(x as usize).cloned() else {
         return;
@@ -501,14 +548,28 @@ fn link(v: &mut SoftVcpu, m: u32) {
     if owner.dead {
         return;
     }
-    // Same page, same mapping, same mode: the physical address follows from the owner's.
-    let gpa = (owner.key.gpa & !0xfff) | (exit.target & 0xfff);
+    // The mode may be another than that in which translated code was entered.
+    let m = owner.key.mode;
+    let near = (exit.target ^ owner.key.rip) >> 12 == 0;
+    let backward = near && exit.target <= owner.key.rip.wrapping_add(u64::from(owner.guest_len));
+    let gpa = if near {
+        // Same page, same mapping: the physical address follows from the owner's.
+        (owner.key.gpa & !0xfff) | (exit.target & 0xfff)
+    } else {
+        if m & mode::CODE64 != 0 && !v.canonical(exit.target) {
+            return;
+        }
+        match v.fetch_gpa(exit.target) {
+            Ok(gpa) => gpa,
+            // The run loop meets the same fault and raises it.
+            Err(_) => return,
+        }
+    };
     let key = BlockKey {
         gpa,
         rip: exit.target,
         mode: m,
     };
-    let backward = exit.target <= owner.key.rip.wrapping_add(u64::from(owner.guest_len));
     let flushes = v.xlate.cache.flushes;
     let Some(mut to) = find_or_translate(v, key) else {
         return;
@@ -516,8 +577,7 @@ fn link(v: &mut SoftVcpu, m: u32) {
     if backward && !v.xlate.cache.blocks[to as usize].polls {
         // Every loop must notice the exit request: translate the target again, polling.
         v.xlate.must_poll.insert(key);
-        v.xlate.cache.kill(to);
-        forget_jumps(v, Jumps::All);
+        kill(v, to);
         match find_or_translate(v, key) {
             Some(t) => to = t,
             None => return,
@@ -525,16 +585,60 @@ fn link(v: &mut SoftVcpu, m: u32) {
     }
     if v.xlate.cache.flushes == flushes {
         v.xlate.stats.links += 1;
-        v.xlate.cache.link(x, to);
+        v.xlate.cache.link(x, to, near);
+    }
+}
+
+/// Drops one block.
+fn kill(v: &mut SoftVcpu, id: u32) {
+    v.xlate.cache.kill(id);
+    forget_target(v, id);
+}
+
+/// Takes a block that is dropped out of the jump caches.
+fn forget_target(v: &mut SoftVcpu, id: u32) {
+    let b = &v.xlate.cache.blocks[id as usize];
+    let at = v.xlate.cache.base() + u64::from(b.checked_entry);
+    let slot = jump_slot(b.key.rip);
+    for cache in &mut v.frame.xlate.jump_cache {
+        if cache[slot] == at {
+            cache[slot] = stubs::miss as *const () as u64;
+        }
     }
 }
 
 /// The block for a key, translated now if need be. `None`: not RAM.
 fn find_or_translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     if let Some(id) = v.xlate.cache.find(&key) {
-        return Some(id);
+        let Some(second) = v.xlate.cache.blocks[id as usize].second else {
+            return Some(id);
+        };
+        // The next page may be mapped to something else by now.
+        if second_page(v, key.rip) == Some(second.0) {
+            return Some(id);
+        }
+        kill(v, id);
     }
     translate(v, key)
+}
+
+/// First byte of the page after the one that holds `rip`.
+fn next_page(rip: u64) -> u64 {
+    (rip | (PAGE_SIZE - 1)).wrapping_add(1)
+}
+
+/// Guest-physical address of the page after the one that holds `rip`, if it can be fetched from.
+fn second_page(v: &mut SoftVcpu, rip: u64) -> Option<u64> {
+    let next = next_page(rip);
+    let ok = if v.long64() {
+        v.canonical(next)
+    } else {
+        next >> 32 == 0
+    };
+    if !ok {
+        return None;
+    }
+    v.fetch_gpa(next).ok()
 }
 
 /// Most bytes of host code of a block; a cache with less room than this is emptied first.
@@ -543,6 +647,9 @@ const BLOCK_CODE_MAX: usize = 128 * 1024;
 /// Most guest bytes of a block.
 const GUEST_BYTES_MAX: usize = 1024;
 
+/// Most bytes of an instruction. Intel SDM Vol. 2A §2.3.11.
+const INSN_BYTES_MAX: usize = 15;
+
 fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     let vm = std::sync::Arc::clone(&v.vm);
     let page_gpa = key.gpa & !(PAGE_SIZE - 1);
@@ -550,8 +657,24 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     protect(v, page_off);
     let at = (key.gpa & (PAGE_SIZE - 1)) as usize;
     let mut bytes = [0u8; GUEST_BYTES_MAX];
-    let bytes = &mut bytes[..GUEST_BYTES_MAX.min(PAGE_SIZE as usize - at)];
-    vm.memory.read(key.gpa, bytes).ok()?;
+    let mut first = GUEST_BYTES_MAX.min(PAGE_SIZE as usize - at);
+    let mut have = first;
+    vm.memory.read(key.gpa, &mut bytes[..first]).ok()?;
+    let mut second = None;
+    if first < INSN_BYTES_MAX && v.xlate.cuts_off(key, &bytes[..first]) {
+        // A block of one instruction, whose rest is in the next page.
+        let gpa = second_page(v, key.rip)?;
+        let rest = INSN_BYTES_MAX - first;
+        protect(v, vm.memory.ram_offset(gpa, PAGE_SIZE)?);
+        vm.memory
+            .read(gpa, &mut bytes[first..INSN_BYTES_MAX])
+            .ok()?;
+        have = INSN_BYTES_MAX;
+        second = Some((gpa, rest));
+    } else {
+        first = have;
+    }
+    let bytes = &bytes[..have];
     if !v
         .xlate
         .cache
@@ -564,6 +687,29 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
         );
         drop_everything(v);
     }
+    let user = key.mode & mode::VIEW == View::User as u32;
+    let next = next_page(key.rip);
+    let (Some(first_slot), Some(next_slot)) = (
+        v.xlate.code_tlb.slot(key.rip, user),
+        v.xlate
+            .code_tlb
+            .slot(if second.is_some() { next } else { key.rip }, user),
+    ) else {
+        tracing::debug!(vcpu = v.index, "code TLB is full");
+        drop_everything(v);
+        return translate(v, key);
+    };
+    let page = PageCheck {
+        slot: first_slot,
+        value: v.xlate.code_tlb.value(key.gpa, key.mode & mode::UNITS)?,
+    };
+    let second_check = match second {
+        Some((gpa, _)) => Some(PageCheck {
+            slot: next_slot,
+            value: v.xlate.code_tlb.value(gpa, key.mode & mode::UNITS)?,
+        }),
+        None => None,
+    };
     let force_poll = v.xlate.must_poll.contains(&key);
     let start = v.xlate.cache.free_at();
     let base = v.xlate.cache.base() + start as u64;
@@ -577,6 +723,8 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
             base,
             first_exit,
             force_poll,
+            page,
+            second: second_check,
         },
         &|i| interp.allows(i),
         &vm.options,
@@ -585,14 +733,22 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     // Mark first, then look whether the bytes are still those that were translated: a store that
     // came before the mark is seen here, a later one sees the mark.
     let len = (t.block.guest_len as usize).min(bytes.len());
+    let mut again = [0u8; GUEST_BYTES_MAX];
+    let here = len.min(first);
     vm.code_map
         .page(page_off)?
-        .fetch_or(parts(at as u64, len), Ordering::SeqCst);
-    let mut again = [0u8; GUEST_BYTES_MAX];
-    vm.memory.read(key.gpa, &mut again[..len]).ok()?;
+        .fetch_or(parts(at as u64, here), Ordering::SeqCst);
+    vm.memory.read(key.gpa, &mut again[..here]).ok()?;
+    if let Some((gpa, rest)) = second {
+        vm.code_map
+            .page(vm.memory.ram_offset(gpa, PAGE_SIZE)?)?
+            .fetch_or(parts(0, rest), Ordering::SeqCst);
+        vm.memory.read(gpa, &mut again[here..len]).ok()?;
+    }
     if again[..len] != bytes[..len] {
         return None;
     }
+    t.block.second = second.map(|(gpa, _)| gpa).zip(second_check);
     if !v.xlate.cache.fits(t.code.len()) {
         return None;
     }
@@ -601,6 +757,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     t.block.end += start;
     t.block.entry += start;
     t.block.checked_entry += start;
+    t.block.far_entry += start;
     v.xlate.stats.blocks += 1;
     v.xlate.stats.guest_insns += u64::from(t.block.insns);
     v.xlate.cache.append(t.code);
@@ -640,21 +797,16 @@ fn protect(v: &mut SoftVcpu, page_off: u64) {
     });
 }
 
-/// Forgets targets of far and indirect jumps: address spaces or mappings changed.
-pub fn forget_jumps(v: &mut SoftVcpu, which: Jumps) {
-    let miss = stubs::miss as *const () as u64;
-    let caches = &mut v.frame.xlate.jump_cache;
-    v.xlate.jumps.retain(|j| {
-        let keep = match which {
-            Jumps::All => false,
-            Jumps::NonGlobal => j.global,
-            Jumps::Near(lin, shift) => (j.page ^ lin >> 12) >> shift != 0,
-        };
-        if !keep {
-            caches[usize::from(j.view)][usize::from(j.slot)] = miss;
-        }
-        keep
-    });
+/// Mappings changed: what code goes to in other pages must be looked up again.
+pub fn forget_code_pages(v: &mut SoftVcpu, keep_global: bool) {
+    let table = &mut v.frame.xlate.code_tlb;
+    v.xlate.code_tlb.flush(table, keep_global);
+}
+
+/// The mapping of the page around `lin`, large or not, changed.
+pub fn forget_code_page(v: &mut SoftVcpu, lin: u64) {
+    let table = &mut v.frame.xlate.code_tlb;
+    v.xlate.code_tlb.flush_page(table, lin);
 }
 
 /// True if a translation was made from any of these bytes of RAM.
@@ -690,13 +842,11 @@ pub fn drop_stale(v: &mut SoftVcpu, pages: Option<Vec<u64>>) {
         drop_everything(v);
         return;
     };
-    let mut any = false;
     for p in pages {
         v.xlate.stats.stale_pages += 1;
-        any |= v.xlate.cache.kill_page(p & !(PAGE_SIZE - 1));
-    }
-    if any {
-        forget_jumps(v, Jumps::All);
+        for id in v.xlate.cache.kill_page(p & !(PAGE_SIZE - 1)) {
+            forget_target(v, id);
+        }
     }
 }
 
@@ -704,5 +854,8 @@ pub fn drop_stale(v: &mut SoftVcpu, pages: Option<Vec<u64>>) {
 pub fn drop_everything(v: &mut SoftVcpu) {
     v.xlate.cache.clear();
     v.xlate.must_poll.clear();
-    forget_jumps(v, Jumps::All);
+    v.xlate.code_tlb.clear(&mut v.frame.xlate.code_tlb);
+    for cache in &mut v.frame.xlate.jump_cache {
+        cache.fill(stubs::miss as *const () as u64);
+    }
 }

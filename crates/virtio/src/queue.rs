@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use minicbor::{Decode, Encode};
 use pyrite_disk::IoBuf;
 use pyrite_mem::{GuestMemory, MemError};
+use pyrite_state::Inspect;
 
 mod packed;
 mod split;
@@ -465,6 +466,36 @@ impl Queue {
         } else {
             self.needs_signal_split(memory)
         }
+    }
+}
+
+impl Queue {
+    /// What the queue shows of itself: the device's indices, and the driver's as they stand in
+    /// memory now.
+    pub fn inspect(&self, memory: &GuestMemory) -> Inspect {
+        let mut tree = vec![
+            ("ready".to_owned(), Inspect::Bool(self.s.ready)),
+            ("size".to_owned(), Inspect::Uint(self.s.size.into())),
+            (
+                "next_avail".to_owned(),
+                Inspect::Uint(self.s.next_avail.into()),
+            ),
+            (
+                "next_used".to_owned(),
+                Inspect::Uint(self.s.next_used.into()),
+            ),
+            ("unsignalled".to_owned(), Inspect::Bool(self.unsignalled)),
+        ];
+        if let Some((at, _)) = self.signalled {
+            tree.push(("signalled".to_owned(), Inspect::Uint(at.into())));
+        }
+        if self.s.ready && !self.packed {
+            for (name, gpa) in self.split_words() {
+                let value = memory.load_u16(gpa, Ordering::Acquire);
+                tree.extend(value.map(|v| (name.to_owned(), Inspect::Uint(v.into()))));
+            }
+        }
+        Inspect::Node(tree)
     }
 }
 

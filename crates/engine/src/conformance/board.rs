@@ -1,5 +1,6 @@
 //! Everything outside the processor of a micro-guest.
 
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ struct Inner {
     save: bool,
     pic: bool,
     next_pio: u32,
+    /// Messages on their way through the device thread; it ends with the sender.
+    device: Option<Sender<u32>>,
 }
 
 /// The board.
@@ -31,6 +34,9 @@ struct Inner {
 /// 1 MSI with vector 31H to APIC 0 · 2 PIC interrupt (vector 35H) · 3 NMI to vCPU 0 · 4 level MSI
 /// with vector 32H · 5 save and restore · 6 MSI with vector 31H a little later · 7 PIC interrupt
 /// a little later.
+///
+/// E3H out of 32 bits: MSI with the vector in bits 7:0 to the APIC in bits 15:8, sent by a thread
+/// of its own as a device does.
 ///
 /// MMIO at D000_0000H: a store reports D000_0000H + size × 256 + low offset byte and the value in
 /// 32-bit words; a load reads bytes offset + n. The end of a level interrupt reports E010_0000H + vector.
@@ -92,6 +98,24 @@ impl Board {
 
     pub(super) fn take_save_request(&self) -> bool {
         std::mem::take(&mut self.lock().save)
+    }
+
+    fn device_message(&self, message: u32) {
+        let mut i = self.lock();
+        let vm = i.vm.clone();
+        let device = i.device.get_or_insert_with(|| {
+            let (to, from) = channel::<u32>();
+            std::thread::spawn(move || {
+                for m in from {
+                    if let Some(vm) = vm.as_ref().and_then(Weak::upgrade) {
+                        vm.send_msi(0xfee0_0000 | u64::from(m >> 8 & 0xff) << 12, m & 0xff);
+                    }
+                }
+            });
+            to
+        });
+        // The thread lives as long as the sender.
+        let _ = device.send(message);
     }
 
     fn report(&self, words: &[u32]) {
@@ -187,6 +211,7 @@ impl CpuIo for Board {
             0xf0 => self.report(&[value]),
             0xe0 => self.report(&[0xe000_0000 | data.len() as u32, value]),
             0xe1 => self.command(value as u8),
+            0xe3 => self.device_message(value),
             0xf4 => {
                 {
                     let mut i = self.lock();

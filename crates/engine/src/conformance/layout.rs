@@ -35,6 +35,8 @@ const TSS32: u64 = 0x5600;
 /// The I/O permission bitmap allows ports 0-FFH to every ring.
 const TSS_LIMIT: u64 = 0x88;
 const STACK: u64 = 0x7f00;
+/// Between the stacks of two processors.
+const STACK_BYTES: u64 = 0x200;
 const STACK_RING0: u64 = 0x1_f000;
 const STACK_IST1: u64 = 0x1_e000;
 /// Vectors with a handler.
@@ -59,6 +61,14 @@ pub(super) enum Entry {
     Pae,
     /// 64-bit mode.
     Long,
+    /// The same on all processors at once, without INIT and SIPI: RDI = index, a stack for each.
+    LongTogether,
+}
+
+impl Entry {
+    fn long(self) -> bool {
+        matches!(self, Entry::Long | Entry::LongTogether)
+    }
 }
 
 const DESCRIPTORS: [u64; 9] = [
@@ -112,7 +122,7 @@ pub(super) fn fill(m: &GuestMemory, image: &[u8], entry: Entry) -> Result<(), Me
         return Ok(());
     }
     put(m, GDT, &DESCRIPTORS)?;
-    if entry == Entry::Long {
+    if entry.long() {
         put(
             m,
             GDT + 0x48,
@@ -177,11 +187,15 @@ fn page_tables(m: &GuestMemory) -> Result<(), MemError> {
     put(m, 0x2b000, &large(0xc000_0000).collect::<Vec<_>>())
 }
 
-/// The bootstrap processor's registers at the start.
-pub(super) fn start_state(entry: Entry) -> CpuState {
-    let mut s = CpuState::reset(0, true);
+/// Registers of processor `index` at the start.
+pub(super) fn start_state(entry: Entry, index: u32) -> CpuState {
+    let mut s = CpuState::reset(index, index == 0);
+    if index != 0 && entry != Entry::LongTogether {
+        return s;
+    }
     s.rip = LOAD;
-    s.gpr[gpr::RSP] = STACK;
+    s.gpr[gpr::RSP] = STACK - STACK_BYTES * u64::from(index);
+    s.gpr[gpr::RDI] = index.into();
     s.activity = Activity::Running;
     let flat = |selector: u16, attr: u32| Segment {
         base: 0,
@@ -217,7 +231,7 @@ pub(super) fn start_state(entry: Entry) -> CpuState {
         attr: Segment::UNUSABLE | 0x82,
         ..Segment::default()
     };
-    if entry == Entry::Long {
+    if entry.long() {
         s.seg[sreg::CS] = flat(CODE64, 0xa09b);
         s.tr = tss(TSS64);
         s.idtr = TableReg {

@@ -291,13 +291,7 @@ fn run(g: &Guest, first: Factory<'_>, second: Factory<'_>) -> Result<(), String>
     let mut rig = Rig::new(first, g.vcpus, Arc::clone(&board))?;
     layout::fill(&rig.memory, (g.image)(), g.entry).map_err(|e| e.to_string())?;
     let states: Vec<CpuState> = (0..g.vcpus)
-        .map(|n| {
-            if n == 0 {
-                layout::start_state(g.entry)
-            } else {
-                CpuState::reset(n, false)
-            }
-        })
+        .map(|n| layout::start_state(g.entry, n))
         .collect();
     let mut vcpus = rig.load(&states)?;
     loop {

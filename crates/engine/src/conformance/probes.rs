@@ -86,5 +86,5 @@ pub(crate) fn probe_guest(which: ProbeGuest) -> Result<(GuestMemory, CpuState), 
     };
     let memory = GuestMemory::new(layout::RAM_BYTES)?;
     layout::fill(&memory, image, Entry::Long)?;
-    Ok((memory, layout::start_state(Entry::Long)))
+    Ok((memory, layout::start_state(Entry::Long, 0)))
 }

@@ -105,6 +105,17 @@ pub struct Effect {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Illegal;
 
+/// How the timer counts. Intel SDM Vol. 3A figure 10-8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimerMode {
+    /// Once from the initial count to 0.
+    OneShot,
+    /// Over and over.
+    Periodic,
+    /// Until the TSC reaches IA32_TSC_DEADLINE.
+    Deadline,
+}
+
 /// The register file.
 #[derive(Clone, Debug)]
 pub struct Regs {
@@ -300,6 +311,39 @@ impl Regs {
     pub fn timer_expired(&mut self) -> bool {
         let lvt = self.lvt[0];
         lvt & LVT_MASKED == 0 && self.accept(lvt as u8, false)
+    }
+
+    /// Interrupt request register.
+    pub fn irr(&self) -> &[u32; 8] {
+        &self.irr
+    }
+
+    /// In-service register.
+    pub fn isr(&self) -> &[u32; 8] {
+        &self.isr
+    }
+
+    /// Trigger mode register.
+    pub fn tmr(&self) -> &[u32; 8] {
+        &self.tmr
+    }
+
+    /// The local vector table, by name.
+    pub fn lvt_entries(&self) -> impl Iterator<Item = (&'static str, u32)> {
+        ["timer", "thermal", "perf", "lint0", "lint1", "error"]
+            .into_iter()
+            .zip(self.lvt)
+    }
+
+    /// The timer's mode.
+    pub fn timer_mode(&self) -> TimerMode {
+        if self.deadline_mode() {
+            TimerMode::Deadline
+        } else if self.periodic() {
+            TimerMode::Periodic
+        } else {
+            TimerMode::OneShot
+        }
     }
 
     /// The timer is in TSC-deadline mode.

@@ -58,14 +58,14 @@ pub(super) struct TscAdjust(pub(super) AtomicI64);
 
 /// When the timer of a vCPU expires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Deadline {
+pub(super) enum Deadline {
     /// Guest time in ns.
     Count(u64),
     /// Guest TSC without the adjustment of the vCPU.
     Tsc(u64),
 }
 
-fn deadline(vm: &VmShared, index: u32) -> Option<Deadline> {
+pub(super) fn deadline(vm: &VmShared, index: u32) -> Option<Deadline> {
     let apic = &vm.vcpus.get(index as usize)?.apic;
     let regs = lock(&apic.regs);
     if regs.tsc_deadline != 0 {
@@ -85,6 +85,13 @@ pub fn time_to_timer(vm: &VmShared, index: u32) -> Option<Duration> {
         Deadline::Tsc(at) => cycles_to_ns(at.saturating_sub(guest_tsc(vm)), vm.tsc_khz),
     };
     Some(Duration::from_nanos(ns))
+}
+
+/// What the timer thread has planned, for `inspect`: how long until it wakes by itself, in ns.
+pub fn thread_sleeps_ns(vm: &VmShared) -> Option<u64> {
+    let keeper = vm.vcpus.first()?.apic.keeper()?;
+    let at = keeper.wakes_at.load(Ordering::SeqCst);
+    (at != u64::MAX).then(|| cycles_to_ns(at.saturating_sub(host_tsc()), vm.tsc_khz))
 }
 
 /// Fires the APIC timer if it has expired.

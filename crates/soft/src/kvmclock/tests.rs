@@ -39,6 +39,21 @@ fn a_pause_separates_the_clocks_and_drift_does_not() {
 }
 
 #[test]
+fn a_thread_that_was_interrupted_between_the_clocks_reads_them_again() {
+    let mut tsc = [1_000, 90_000_000, 90_000_100, 90_000_500].into_iter();
+    let mut ns = [50_000, 90_000].into_iter();
+    let got = moment(|| tsc.next().unwrap(), || ns.next().unwrap(), 1_000);
+    assert_eq!(got, (90_000_300, 90_000));
+    // Never close enough: the closest.
+    let mut n = 0;
+    let mut tsc = || {
+        n += 1;
+        n * n * 1_000_000
+    };
+    assert_eq!(moment(&mut tsc, || 7, 10), (2_500_000, 7));
+}
+
+#[test]
 fn published_structure_follows_the_version_protocol() {
     let m = GuestMemory::new(1 << 20).unwrap();
     let info = TimeInfo {

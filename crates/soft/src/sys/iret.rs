@@ -22,9 +22,6 @@ pub fn iret(v: &mut SoftVcpu, size: usize, next_rip: u64) -> Result<(), Exceptio
     } else {
         protected(v, size, next_rip)?;
     }
-    if v.frame.cpu.rflags & rflags::IF != 0 {
-        v.irq_waiting = true;
-    }
     Ok(())
 }
 

@@ -84,9 +84,6 @@ pub fn sysret(v: &mut SoftVcpu, wide: bool) -> Result<(), Exception> {
     } else {
         c.rflags |= rflags::IF;
     }
-    if c.rflags & rflags::IF != 0 {
-        v.irq_waiting = true;
-    }
     Ok(())
 }
 

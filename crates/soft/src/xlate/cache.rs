@@ -10,6 +10,8 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use super::code_tlb::PageCheck;
+
 /// What makes a translation reusable: where the code is, how it is addressed, in which mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockKey {
@@ -47,6 +49,12 @@ pub struct Block {
     /// Cache range of the body.
     pub start: u32,
     pub end: u32,
+    /// Cache offset of the entry for links from other pages, which checks the mapping.
+    pub far_entry: u32,
+    /// What proves that its page is still mapped as it was.
+    pub page: PageCheck,
+    /// Guest-physical address of the second page that it was made from, and its check.
+    pub second: Option<(u64, PageCheck)>,
     /// Number of guest bytes.
     pub guest_len: u32,
     /// Guest instructions.
@@ -59,6 +67,8 @@ pub struct Block {
     pub interpret_first: bool,
     /// The entry polls the exit request.
     pub polls: bool,
+    /// Bytes that the RET that ends it takes from the stack; 0 if something else does.
+    pub pops: u32,
     pub dead: bool,
 }
 
@@ -84,7 +94,8 @@ impl Hasher for AddrHasher {
     }
 }
 
-type AddrMap<K, V> = HashMap<K, V, BuildHasherDefault<AddrHasher>>;
+/// A map by addresses.
+pub type AddrMap<K, V> = HashMap<K, V, BuildHasherDefault<AddrHasher>>;
 
 /// See the module documentation.
 pub struct Cache {
@@ -187,17 +198,22 @@ impl Cache {
     pub fn insert(&mut self, block: Block) -> u32 {
         let id = self.blocks.len() as u32;
         self.by_key.insert(block.key, id);
-        self.by_page
-            .entry(block.key.gpa & !0xfff)
-            .or_default()
-            .push(id);
+        let second = block.second.map(|(gpa, _)| gpa);
+        for page in [Some(block.key.gpa & !0xfff), second].into_iter().flatten() {
+            self.by_page.entry(page).or_default().push(id);
+        }
         self.blocks.push(block);
         id
     }
 
-    /// Makes an exit jump straight to a block.
-    pub fn link(&mut self, exit: u32, to: u32) {
-        let entry = self.blocks[to as usize].entry;
+    /// Makes an exit jump straight to a block; `near`: from the same page.
+    pub fn link(&mut self, exit: u32, to: u32, near: bool) {
+        let b = &self.blocks[to as usize];
+        let entry = if near && b.second.is_none() {
+            b.entry
+        } else {
+            b.far_entry
+        };
         let e = &mut self.exits[exit as usize];
         e.linked = Some(to);
         let at = e.patch_at;
@@ -227,15 +243,13 @@ impl Cache {
         }
     }
 
-    /// Drops the blocks made from a guest-physical page. True if there were any.
-    pub fn kill_page(&mut self, page_gpa: u64) -> bool {
-        let Some(ids) = self.by_page.remove(&page_gpa) else {
-            return false;
-        };
-        for id in ids {
+    /// Drops the blocks made from a guest-physical page, and tells which they are.
+    pub fn kill_page(&mut self, page_gpa: u64) -> Vec<u32> {
+        let ids = self.by_page.remove(&page_gpa).unwrap_or_default();
+        for &id in &ids {
             self.kill(id);
         }
-        true
+        ids
     }
 
     /// Drops everything.

@@ -67,6 +67,11 @@ impl Emitter {
         self.code.len()
     }
 
+    /// Address at which the next byte will execute.
+    pub fn address(&self) -> u64 {
+        self.base.wrapping_add(self.code.len() as u64)
+    }
+
     /// A label to be bound later.
     pub fn label(&mut self) -> Label {
         self.labels.push(None);
@@ -177,6 +182,12 @@ impl Emitter {
         self.bytes(&[0x83, 0xbc, 0x24]);
         self.u32(disp as u32);
         self.bytes(&[0]);
+    }
+    /// `cmp dword [frame + disp], imm`.
+    pub fn cmp_frame32(&mut self, disp: usize, imm: u32) {
+        self.bytes(&[0x81, 0xbc, 0x24]);
+        self.u32(disp as u32);
+        self.u32(imm);
     }
     /// `mov byte [frame + disp], imm`.
     pub fn store_imm8(&mut self, disp: usize, imm: u8) {
@@ -343,6 +354,18 @@ impl Emitter {
         self.bytes(&[0x84 | (dst & 7) << 3, 0x24]);
         self.u32(disp as u32);
     }
+    /// `rorx dst, src, n` (BMI2, keeps flags).
+    pub fn rorx(&mut self, dst: u8, src: u8, n: u8) {
+        // VEX.LZ.F2.0F3A.W1 F0 /r ib
+        let r = if dst >= 8 { 0 } else { 0x80 };
+        let b = if src >= 8 { 0 } else { 0x20 };
+        self.bytes(&[0xc4, r | 0x40 | b | 3, 0xfb, 0xf0]);
+        self.bytes(&[0xc0 | (dst & 7) << 3 | src & 7, n]);
+    }
+    /// `ror reg, n` (64 bit).
+    pub fn ror(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(true, 0, 0, reg), 0xc1, 0xc8 | reg & 7, n]);
+    }
     /// `op T0|T1, [frame + T1*8 + disp]`: XOR T0 (33H) or MOV T1 (8BH).
     pub fn table_op(&mut self, opcode: u8, reg: u8, disp: usize) {
         self.bytes(&[0x4e, opcode, 0x84 | (reg & 7) << 3, 0xdc]);
@@ -361,6 +384,10 @@ impl Emitter {
     /// `shr reg32, n`.
     pub fn shr32(&mut self, reg: u8, n: u8) {
         self.bytes(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe8 | reg & 7, n]);
+    }
+    /// `sar reg, n` (64 bit).
+    pub fn sar(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(true, 0, 0, reg), 0xc1, 0xf8 | reg & 7, n]);
     }
     /// `and reg32, imm`.
     pub fn and32(&mut self, reg: u8, imm: u32) {

@@ -28,6 +28,7 @@ use self::classify::{
     Fpu, ends_block, fpu_kind, is_hint, may_keep_flags, stack_op, uses_mask, uses_vector,
 };
 use super::cache::{Block, BlockKey, Exit};
+use super::code_tlb::PageCheck;
 use super::emit::{Address, Emitter, Label, T0, T1};
 use super::layout::{self, reason};
 use super::mode;
@@ -83,6 +84,16 @@ enum Cold {
         at: Label,
         target: u64,
     },
+    /// R10 is the RIP of something else; RCX is in R11.
+    Lost {
+        at: Label,
+    },
+    /// The page may be mapped to something else by now; at `with_rcx`, RCX is in R11.
+    Moved {
+        at: Label,
+        with_rcx: Option<Label>,
+        rip: u64,
+    },
     /// Leave at `rip` so that the run loop takes a waiting interrupt; `shadow`: after STI, one
     /// instruction later.
     Waiting {
@@ -92,6 +103,11 @@ enum Cold {
     },
     /// Leave for the interpreter at `rip`.
     Interpret {
+        at: Label,
+        rip: u64,
+    },
+    /// The same with the flags in `FrameArea::flags`.
+    InterpretSaved {
         at: Label,
         rip: u64,
     },
@@ -128,6 +144,14 @@ impl Tools {
     }
 }
 
+/// The ways into a block.
+struct Prologue {
+    entry: Label,
+    far: Label,
+    checked: Label,
+    polls: bool,
+}
+
 /// Which block is translated, and where it goes.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
@@ -138,6 +162,10 @@ pub struct Place {
     pub first_exit: u32,
     /// Its entry must poll, whatever the flags.
     pub force_poll: bool,
+    /// What proves that its page is mapped as it is now.
+    pub page: PageCheck,
+    /// It is one instruction that reaches into the next page: the same for that.
+    pub second: Option<PageCheck>,
 }
 
 /// The translation of one block.
@@ -204,7 +232,9 @@ impl<'a> Front<'a> {
             key,
             base,
             first_exit,
-            force_poll,
+            page,
+            second,
+            ..
         } = place;
         tools.e.restart(base);
         tools.cold.clear();
@@ -220,8 +250,18 @@ impl<'a> Front<'a> {
             view: (key.mode & mode::VIEW) as usize,
         };
         let mut list = std::mem::take(&mut f.t.list);
-        f.decode(bytes, allows, &mut list);
-        let (entry, checked, polls) = f.prologue(&list, force_poll);
+        let most = if second.is_some() {
+            1
+        } else {
+            options.block_insns_max
+        };
+        f.decode(bytes, allows, most, &mut list);
+        let Prologue {
+            entry,
+            far,
+            checked,
+            polls,
+        } = f.prologue(&list, &place);
         let mut map = Vec::with_capacity(list.len().max(1));
         let mut ended = false;
         let mut next_rip = key.rip;
@@ -247,14 +287,19 @@ impl<'a> Front<'a> {
             checked_entry: f.t.e.offset_of(checked) as u32,
             start: 0,
             end: f.t.e.len() as u32,
+            far_entry: f.t.e.offset_of(far) as u32,
+            page,
+            second: None,
             guest_len: next_rip.wrapping_sub(key.rip).clamp(1, 4096) as u32,
             insns: list.len().max(1) as u32,
             map,
             incoming: Vec::new(),
-            interpret_first: list.first().is_none_or(|d| {
-                d.refused && (d.i.flow_control() != FlowControl::Next || ends_block(&d.i))
-            }),
+            interpret_first: list.is_empty(),
             polls,
+            pops: match list.last() {
+                Some(d) if d.i.mnemonic() == Mnemonic::Ret => d.i.stack_pointer_increment() as u32,
+                _ => 0,
+            },
             dead: false,
         };
         let exits = f.t.exits.iter().map(|(x, stub, at)| Exit {
@@ -280,12 +325,13 @@ impl<'a> Front<'a> {
         &mut self,
         bytes: &[u8],
         allows: &dyn Fn(&Instruction) -> bool,
+        insns_max: usize,
         list: &mut Vec<Decoded>,
     ) {
         let bits = if self.code64 { 64 } else { 32 };
         let mut dec = Decoder::with_ip(bits, bytes, self.key.rip, self.host.decoder);
         list.clear();
-        while list.len() < self.options.block_insns_max && dec.can_decode() {
+        while list.len() < insns_max && dec.can_decode() {
             let i = dec.decode();
             if i.is_invalid() {
                 // Undefined, or cut off by the end of the page: the interpreter knows.
@@ -303,6 +349,14 @@ impl<'a> Front<'a> {
             if ends {
                 break;
             }
+        }
+        // No interrupt may come between STI and the instruction after it, or STI; HLT would sleep
+        // through the one it waits for. Within a block nothing comes between; at its end the
+        // interpreter keeps the shadow.
+        if let Some(last) = list.last_mut()
+            && last.i.code() == Code::Sti
+        {
+            last.refused = true;
         }
         let mut live = ARITH;
         for d in list.iter_mut().rev() {
@@ -442,7 +496,7 @@ impl<'a> Front<'a> {
         let near = match i.op0_kind() {
             OpKind::NearBranch16 => return false,
             OpKind::NearBranch32 => !self.code64,
-            OpKind::NearBranch64 => self.code64,
+            OpKind::NearBranch64 => self.code64 && flow::canonical(i.near_branch_target()),
             _ => false,
         };
         match i.code() {
@@ -474,67 +528,66 @@ impl<'a> Front<'a> {
         }
     }
 
-    /// Entry points. The checked entry proves that R10 is this block's RIP; the plain entry may
-    /// poll the exit request.
-    fn prologue(&mut self, list: &[Decoded], force_poll: bool) -> (Label, Label, bool) {
+    /// Entry points. The checked entry proves that R10 is this block's RIP, and goes on with the
+    /// far entry, which proves that the mapping is the one that was translated, and goes on with
+    /// the plain entry. Every way in from another page polls the exit request; the plain entry may.
+    fn prologue(&mut self, list: &[Decoded], place: &Place) -> Prologue {
         let live = list.first().is_none_or(|d| d.live != 0);
         let rip = self.key.rip;
+        let pages = [Some(place.page), place.second];
+        let pages = pages.into_iter().flatten();
+        let diff = |index: Option<(u8, u8)>, disp: u32| Address {
+            base: Some(1),
+            index,
+            disp: disp as i32,
+        };
+        // Flag-free even if the flags are dead here: another block's jump may arrive by a
+        // collision in the jump cache, and the flags may be live where it really goes.
         let checked = self.t.e.here();
+        let lost = self.t.e.label();
+        self.t.e.mov(T1, 1, true);
+        self.t.e.mov_imm(1, rip.wrapping_neg());
+        self.t.e.lea(1, diff(Some((T0, 0)), 0), true);
+        self.t.e.jrcxz_over(|e| e.jmp(lost));
+        self.t.e.mov(1, T1, true);
+        let far = self.t.e.here();
+        let moved = self.t.e.label();
         if live {
-            // Flag-free: RCX = (R10 - RIP) + exit request, zero if all is well.
-            self.t.e.store(layout::SAVE_RCX, 1);
-            self.t.e.mov_imm(1, rip.wrapping_neg());
-            self.t.e.lea(
-                1,
-                Address {
-                    base: Some(1),
-                    index: Some((T0, 0)),
-                    disp: 0,
-                },
-                true,
-            );
-            self.t.e.load32(T1, layout::EXIT_REQUEST);
-            self.t.e.lea(
-                1,
-                Address {
-                    base: Some(1),
-                    index: Some((T1, 0)),
-                    disp: 0,
-                },
-                true,
-            );
-            self.t.e.jrcxz_over(|e| {
-                e.load(1, layout::SAVE_RCX);
-                e.jmp_frame(layout::STUB_MISS);
-            });
-            self.t.e.load(1, layout::SAVE_RCX);
-        } else {
-            // Flag-free as well: another block's jump may arrive here by a collision in the
-            // jump cache, and the flags may be live where it really goes.
+            let moved_rcx = self.t.e.label();
             self.t.e.mov(T1, 1, true);
-            self.t.e.mov_imm(1, rip.wrapping_neg());
-            self.t.e.lea(
-                1,
-                Address {
-                    base: Some(1),
-                    index: Some((T0, 0)),
-                    disp: 0,
-                },
-                true,
-            );
-            self.t.e.jrcxz_over(|e| {
-                e.mov(1, T1, true);
-                e.jmp_frame(layout::STUB_MISS);
-            });
+            self.t.e.load32(T0, layout::EXIT_REQUEST);
+            for p in pages {
+                self.t.e.load32(1, layout::code_tlb(p.slot));
+                self.t
+                    .e
+                    .lea(1, diff(Some((T0, 0)), p.value.wrapping_neg()), false);
+                self.t.e.jrcxz_over(|e| e.jmp(moved_rcx));
+            }
             self.t.e.mov(1, T1, true);
+            self.t.cold.push(Cold::Moved {
+                at: moved,
+                with_rcx: Some(moved_rcx),
+                rip,
+            });
+        } else {
+            for p in pages {
+                self.t.e.cmp_frame32(layout::code_tlb(p.slot), p.value);
+                self.t.e.jcc(5, moved);
+            }
+            self.t.cold.push(Cold::Moved {
+                at: moved,
+                with_rcx: None,
+                rip,
+            });
         }
+        self.t.cold.push(Cold::Lost { at: lost });
         let entry = self.t.e.here();
         let at = self.t.e.label();
         if !live {
             self.t.e.cmp_frame32_zero(layout::EXIT_REQUEST);
             self.t.e.jcc(5, at);
             self.t.cold.push(Cold::Poll { at, rip });
-        } else if force_poll {
+        } else if place.force_poll {
             self.t.e.store(layout::SAVE_RCX, 1);
             self.t.e.load32(1, layout::EXIT_REQUEST);
             self.t.e.jrcxz_over(|e| {
@@ -544,7 +597,12 @@ impl<'a> Front<'a> {
             self.t.e.load(1, layout::SAVE_RCX);
             self.t.cold.push(Cold::Poll { at, rip });
         }
-        (entry, checked, !live || force_poll)
+        Prologue {
+            entry,
+            far,
+            checked,
+            polls: !live || place.force_poll,
+        }
     }
 
     /// Emits one instruction. True if it ended the block.
@@ -555,7 +613,7 @@ impl<'a> Front<'a> {
             return false;
         }
         if d.refused {
-            self.interpret_at(i.ip());
+            self.interpret_and_jump(i.ip());
             return true;
         }
         if i.flow_control() != FlowControl::Next {
@@ -597,6 +655,13 @@ impl<'a> Front<'a> {
         self.t.e.store_imm64(layout::EXPECTED, next, T0);
         self.t.e.store_imm32(layout::MODE, self.key.mode);
         self.t.e.call_frame(layout::STUB_STEP);
+    }
+
+    /// Has the interpreter do an instruction that changes RIP or the mode, and goes on where that
+    /// leads, if the jump cache knows the place.
+    fn interpret_and_jump(&mut self, rip: u64) {
+        self.t.e.store_imm64(layout::RIP, rip, T0);
+        self.t.e.call_frame(layout::STUB_STEP_JUMP);
     }
 
     /// Makes sure that the guest's vector state is in the host's registers.
@@ -660,6 +725,20 @@ impl<'a> Front<'a> {
                     self.t.e.bind(at);
                     self.far_jump(target);
                 }
+                Cold::Lost { at } => {
+                    self.t.e.bind(at);
+                    self.t.e.mov(1, T1, true);
+                    self.t.e.jmp_frame(layout::STUB_MISS);
+                }
+                Cold::Moved { at, with_rcx, rip } => {
+                    if let Some(l) = with_rcx {
+                        self.t.e.bind(l);
+                        self.t.e.mov(1, T1, true);
+                    }
+                    self.t.e.bind(at);
+                    self.t.e.mov_imm(T0, rip);
+                    self.t.e.jmp_frame(layout::STUB_MISS);
+                }
                 Cold::Waiting { at, rip, shadow } => {
                     self.t.e.bind(at);
                     if shadow {
@@ -671,6 +750,11 @@ impl<'a> Front<'a> {
                 }
                 Cold::Interpret { at, rip } => {
                     self.t.e.bind(at);
+                    self.interpret_at(rip);
+                }
+                Cold::InterpretSaved { at, rip } => {
+                    self.t.e.bind(at);
+                    self.t.e.restore_flags();
                     self.interpret_at(rip);
                 }
             }

@@ -10,9 +10,20 @@ use crate::frame::{Frame, TlbView, VIEWS};
 pub const JC_BITS: u32 = 14;
 /// Entries of a jump cache.
 pub const JC_ENTRIES: usize = 1 << JC_BITS;
-/// Mask of the RIP bits that select the jump-cache entry. It holds bit 0, so two addresses that
-/// differ by one never share an entry; the checked entry of a block relies on that.
+/// Mask of the bits of the folded RIP that select the jump-cache entry.
 pub const JC_MASK: u64 = (1 << JC_BITS) - 1;
+/// Slots of the code TLB.
+pub const CODE_SLOTS: usize = 1 << 16;
+/// Bits of a code-TLB value that are the guest-physical page number plus one; the units stand
+/// above them. LIMIT: code in the first TiB is translated.
+pub const CODE_PAGE_BITS: u32 = 28;
+
+/// The jump-cache entry of a RIP: the RIP and the same rotated by [`JC_BITS`], added, so that
+/// targets at equal offsets of different pages as a rule do not collide. Two addresses that
+/// differ by one never share an entry; the checked entry of a block relies on that.
+pub const fn jump_slot(rip: u64) -> usize {
+    (rip.wrapping_add(rip.rotate_right(JC_BITS)) & JC_MASK) as usize
+}
 
 /// What emitted code and its stubs keep for themselves in the [`Frame`].
 #[repr(C)]
@@ -39,8 +50,8 @@ pub struct FrameArea {
     pub xsave_mask: u32,
     /// Not 0: an interrupt waits for IF.
     pub irq_waiting: u32,
-    /// Keeps the layout explicit.
-    pub reserved0: u32,
+    /// Low half of the host address of the indirect JMP or RET that ran last in 64-bit mode.
+    pub branch: u32,
     /// PEXT masks for the soft-TLB slot and the jump-cache entry.
     pub tlb_mask: u64,
     /// See `tlb_mask`.
@@ -55,6 +66,8 @@ pub struct FrameArea {
     pub stub_fpu: u64,
     /// See `stub_exit`.
     pub stub_step: u64,
+    /// See `stub_exit`.
+    pub stub_step_jump: u64,
     /// RIP after the instruction that `stub_step` runs, if the block is to go on.
     pub expected: u64,
     /// Mode word of the block that runs.
@@ -67,8 +80,11 @@ pub struct FrameArea {
     pub mxcsr_host: u32,
     /// Keeps the layout explicit.
     pub reserved: u32,
-    /// Host addresses of checked entries, by view and low RIP bits.
+    /// Host addresses of checked entries, by view and [`jump_slot`].
     pub jump_cache: [[u64; JC_ENTRIES]; VIEWS],
+    /// The code TLB: for each page of linear addresses that code was translated from, which
+    /// guest-physical page it is mapped to and in which mode; 0 = not known. See `code_tlb.rs`.
+    pub code_tlb: [u32; CODE_SLOTS],
 }
 
 /// Why translated code was left.
@@ -103,6 +119,7 @@ pub const fn seg_base(n: usize) -> usize {
 pub const RFLAGS: usize = C + offset_of!(CpuState, rflags);
 pub const SHADOW: usize = C + offset_of!(CpuState, interrupt_shadow);
 pub const IRQ_WAITING: usize = X + offset_of!(FrameArea, irq_waiting);
+pub const BRANCH: usize = X + offset_of!(FrameArea, branch);
 pub const EXIT_REQUEST: usize = offset_of!(Frame, exit_request);
 pub const FLAGS: usize = X + offset_of!(FrameArea, flags);
 pub const HOST_RSP: usize = X + offset_of!(FrameArea, host_rsp);
@@ -120,13 +137,18 @@ pub const STUB_MISS: usize = X + offset_of!(FrameArea, stub_miss);
 pub const STUB_SLOW: usize = X + offset_of!(FrameArea, stub_slow);
 pub const STUB_FPU: usize = X + offset_of!(FrameArea, stub_fpu);
 pub const STUB_STEP: usize = X + offset_of!(FrameArea, stub_step);
+pub const STUB_STEP_JUMP: usize = X + offset_of!(FrameArea, stub_step_jump);
 pub const EXPECTED: usize = X + offset_of!(FrameArea, expected);
 pub const MODE: usize = X + offset_of!(FrameArea, mode);
 pub const MXCSR_HOST: usize = X + offset_of!(FrameArea, mxcsr_host);
 
-/// Offset of a view's jump cache.
-pub const fn jump_cache(view: usize) -> usize {
-    X + offset_of!(FrameArea, jump_cache) + view * 8 * JC_ENTRIES
+/// Offset of a jump cache.
+pub const fn jump_cache(which: usize) -> usize {
+    X + offset_of!(FrameArea, jump_cache) + which * 8 * JC_ENTRIES
+}
+/// Offset of a code-TLB slot.
+pub const fn code_tlb(slot: u32) -> usize {
+    X + offset_of!(FrameArea, code_tlb) + 4 * slot as usize
 }
 /// Offset of a view's read tags.
 pub const fn tlb_read(view: usize) -> usize {

@@ -12,7 +12,7 @@ use super::rng::Rng;
 
 /// Undefined results that even two runs on hardware need not agree on, or that a documented
 /// decision leaves open.
-pub fn tolerance(code: Code, exact: bool, translated: bool) -> Tolerance {
+pub fn tolerance(code: Code, exact: bool) -> Tolerance {
     use Mnemonic::*;
     let big = matches!(
         code.mnemonic(),
@@ -33,7 +33,6 @@ pub fn tolerance(code: Code, exact: bool, translated: bool) -> Tolerance {
         flags: 0,
         flags_at_fault: !exact,
         cr2_page_only: big,
-        late_canonical: translated,
         masked_alignment: false,
         partial_vectors: is_gather(code),
     }
@@ -141,7 +140,7 @@ fn one_form(
             g.set_code(seq.at, &bytes);
             for time in 0..2 {
                 let got = g.run(seq.at, &start);
-                let t = tolerance(code, g.exact, g.name != "interpreter");
+                let t = tolerance(code, g.exact);
                 let mut diff = differences(&want, &got, components, t);
                 if !announced {
                     diff.truncate(usize::from(want.end != got.end));

@@ -312,7 +312,6 @@ impl Fuzzer {
                     Mnemonic::Frstor | Mnemonic::Fldenv
                 )
             }),
-            late_canonical: g.name != "interpreter",
             masked_alignment: seq
                 .insns
                 .iter()

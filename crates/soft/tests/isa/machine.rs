@@ -321,8 +321,6 @@ pub struct Tolerance {
     pub flags_at_fault: bool,
     /// Of an operand larger than the processor's accesses any byte of a missing page may be named.
     pub cr2_page_only: bool,
-    /// A branch to a non-canonical address may raise its #GP at the target instead of the branch.
-    pub late_canonical: bool,
     /// A masked operand may raise #PF where the processor raises #AC, and the other way round: the
     /// order differs between forms.
     pub masked_alignment: bool,
@@ -333,20 +331,6 @@ pub struct Tolerance {
 /// Lists the differences; empty = equal.
 pub fn differences(want: &Outcome, got: &Outcome, c: &Components, t: Tolerance) -> Vec<String> {
     let mut out = Vec::new();
-    let gp = |e| {
-        matches!(
-            e,
-            End::Exception {
-                vector: 13,
-                code: 0,
-                ..
-            }
-        )
-    };
-    let canonical = |x: u64| (x as i64) << 16 >> 16 == x as i64;
-    if t.late_canonical && gp(want.end) && gp(got.end) && !canonical(got.rip) {
-        return out;
-    }
     let is = |e, n| matches!(e, End::Exception { vector, .. } if vector == n);
     let either = |a, b| is(a, 14) && is(b, 17);
     if t.masked_alignment && (either(want.end, got.end) || either(got.end, want.end)) {

@@ -511,6 +511,8 @@ impl ConfigSpace {
             ("intx", Inspect::Bool(s.intx_level)),
             ("msi_enabled", Inspect::Bool(s.msi.enabled)),
             ("msix_enabled", Inspect::Bool(s.msix_enabled)),
+            ("msix_masked", Inspect::Bool(s.msix_masked)),
+            ("msix", s.inspect_msix()),
         ])
     }
 }

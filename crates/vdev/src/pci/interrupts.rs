@@ -5,6 +5,8 @@
 
 use std::sync::{Arc, Mutex, OnceLock};
 
+use pyrite_state::Inspect;
+
 use crate::bus::lock;
 use crate::irq::{IrqLine, MsiMessage, MsiSink};
 
@@ -85,6 +87,24 @@ impl IrqState {
         self.msix_pending
             .get_mut(usize::from(vector / 64))
             .map(|w| (w, 1 << (vector % 64)))
+    }
+
+    /// The MSI-X table with its pending bits.
+    pub(super) fn inspect_msix(&self) -> Inspect {
+        let vectors = self.msix.iter().enumerate().map(|(n, e)| {
+            let pending = self
+                .msix_pending
+                .get(n / 64)
+                .is_some_and(|w| w >> (n % 64) & 1 != 0);
+            let node = Inspect::node([
+                ("address", Inspect::Hex(e.addr)),
+                ("data", Inspect::Hex(e.data.into())),
+                ("masked", Inspect::Bool(e.control & VECTOR_MASKED != 0)),
+                ("pending", Inspect::Bool(pending)),
+            ]);
+            (n.to_string(), node)
+        });
+        Inspect::Node(vectors.collect())
     }
 
     fn signal_msix(&mut self, vector: u16) -> Option<MsiMessage> {

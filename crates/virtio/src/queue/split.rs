@@ -59,6 +59,18 @@ impl Queue {
         self.s.device + 4 + 8 * u64::from(self.s.size)
     }
 
+    /// The ring's indices and wishes in memory, by name.
+    pub(super) fn split_words(&self) -> [(&'static str, u64); 6] {
+        [
+            ("avail_index", self.s.driver + 2),
+            ("used_index", self.s.device + 2),
+            ("avail_flags", self.s.driver),
+            ("used_flags", self.s.device),
+            ("used_event", self.used_event()),
+            ("avail_event", self.avail_event()),
+        ]
+    }
+
     fn avail_index(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
         Ok(memory.load_u16(self.s.driver + 2, Ordering::Acquire)?)
     }

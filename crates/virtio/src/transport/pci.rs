@@ -470,18 +470,12 @@ impl Lifecycle for VirtioPciDevice {
         let queues = (0..self.link.queue_count())
             .filter_map(|n| {
                 let q = self.link.queue(n)?;
-                let s = q.state();
-                let node = Inspect::node([
-                    ("ready", Inspect::Bool(s.ready)),
-                    ("size", Inspect::Uint(u64::from(s.size))),
-                    ("next_avail", Inspect::Uint(u64::from(s.next_avail))),
-                    ("next_used", Inspect::Uint(u64::from(s.next_used))),
-                ]);
-                Some((n.to_string(), node))
+                Some((n.to_string(), q.inspect(&self.memory)))
             })
             .collect();
         Inspect::node([
             ("status", Inspect::Hex(u64::from(self.link.status()))),
+            ("isr", Inspect::Hex(lock(&self.signal.vectors).isr.into())),
             ("features", Inspect::Hex(self.link.features())),
             ("in_flight", Inspect::Uint(self.link.in_flight() as u64)),
             ("driver_errors", Inspect::Uint(self.link.errors())),

@@ -6,6 +6,7 @@ mod paging;
 mod real;
 mod segments;
 mod smc;
+mod smp;
 mod system;
 
 use super::Guest;
@@ -20,6 +21,7 @@ pub(super) fn all() -> Vec<&'static Guest> {
         system::GUESTS,
         apic::GUESTS,
         smc::GUESTS,
+        smp::GUESTS,
     ]
     .into_iter()
     .flatten()

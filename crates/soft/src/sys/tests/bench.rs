@@ -20,7 +20,7 @@ pub(super) const STUBS: u64 = 0x7000;
 pub(super) const STACK: u64 = 0x9000;
 pub(super) const STACK0: u64 = 0xa000;
 pub(super) const IST1: u64 = 0xb008;
-const TABLES: u64 = 0x1_0000;
+pub(super) const TABLES: u64 = 0x1_0000;
 
 pub(super) const CODE0: u16 = 0x08;
 pub(super) const DATA0: u16 = 0x10;
@@ -145,7 +145,7 @@ fn cpuid() -> CpuidTable {
 }
 
 impl Bench {
-    fn new() -> Bench {
+    fn new(translate: bool) -> Bench {
         let memory = Arc::new(GuestMemory::new(4 << 20).unwrap());
         let outside = Arc::new(Outside::default());
         let config = VmConfig {
@@ -156,7 +156,7 @@ impl Bench {
             clock: Arc::new(|| 0),
         };
         let options = SoftOptions {
-            translate: false,
+            translate,
             ..SoftOptions::default()
         };
         let vm = SoftVm::with_options(config, options).unwrap();
@@ -203,7 +203,11 @@ impl Bench {
 
     /// Ring 0, 32-bit, flat, paging off.
     pub(super) fn protected() -> Bench {
-        let mut b = Bench::new();
+        Bench::protected_in(false)
+    }
+
+    fn protected_in(translate: bool) -> Bench {
+        let mut b = Bench::new(translate);
         for n in 0..256 {
             let dpl = if n == 0x80 { 0xee } else { 0x8e };
             b.write(
@@ -246,7 +250,12 @@ impl Bench {
 
     /// Ring 0, 64-bit, identity-mapped.
     pub(super) fn long() -> Bench {
-        let mut b = Bench::protected();
+        Bench::long_in(false)
+    }
+
+    /// The same, in the interpreter or in the translator.
+    pub(super) fn long_in(translate: bool) -> Bench {
+        let mut b = Bench::protected_in(translate);
         for n in 0..128u64 {
             let access = if n == 0x60 { 0xee } else { 0x8e };
             let ist = u64::from(n == 0x61);
@@ -275,7 +284,7 @@ impl Bench {
 
     /// Real mode, everything at 0.
     pub(super) fn real() -> Bench {
-        let mut b = Bench::new();
+        let mut b = Bench::new(false);
         for n in 0..256u64 {
             let entry = (STUBS + 8 * n) as u32;
             b.write(4 * n, &entry.to_le_bytes());

@@ -217,3 +217,54 @@ fn cpuid_shows_control_registers_and_the_vcpu() {
     assert_ne!(b.cpu.gpr[gpr::RCX] & 1 << 27, 0);
     assert_eq!(b.cpu.gpr[gpr::RBX] >> 24, 0);
 }
+
+/// Runs code that ends with the last canonical address of the lower half: what #GP pushes as RIP
+/// and RSP, and what the slot below the stack pointer holds then.
+fn at_the_border(translate: bool, code: &[u8]) -> (u64, u64, u64) {
+    let mut b = Bench::long_in(translate);
+    // 2 MiB up to 0000_8000_0000_0000H, at 2 MiB of memory.
+    b.write(TABLES + 8 * 255, &((TABLES + 0x3000) | 7).to_le_bytes());
+    let last = TABLES + 0x3000 + 8 * 511;
+    b.write(last, &((TABLES + 0x4000) | 7).to_le_bytes());
+    b.write(last + 0x1000, &0x20_0087u64.to_le_bytes());
+    b.write(0x40_0000 - code.len() as u64, code);
+    b.cpu.rip = (1 << 47) - code.len() as u64;
+    b.cpu.gpr[gpr::RSP] = 0x1_8000;
+    b.write(0x1_7ff8, &0x5555u64.to_le_bytes());
+    // #GP on a stack of its own.
+    b.write(
+        IDT + 16 * 13,
+        &gate(CODE64, STUBS + 8 * 13, 0x8e, 1).to_le_bytes(),
+    );
+    assert_eq!(b.resume(), End::Stopped);
+    let f = b.stack64(6);
+    assert_eq!(f[..2], [13, 0]);
+    (f[2], f[5], b.read64(0x1_7ff8))
+}
+
+#[test]
+fn code_that_runs_out_of_canonical_addresses_faults_at_the_next_one() {
+    for translate in [false, true] {
+        let got = at_the_border(translate, &[0x90, 0x90, 0xff, 0xc0]);
+        assert_eq!(got, (1 << 47, 0x1_8000, 0x5555), "{translate}");
+        // JC, not taken: CF is clear.
+        let got = at_the_border(translate, &[0x90, 0x72, 0x02]);
+        assert_eq!(got, (1 << 47, 0x1_8000, 0x5555), "{translate}");
+    }
+}
+
+#[test]
+fn direct_branches_to_non_canonical_addresses_fault_where_they_are() {
+    for translate in [false, true] {
+        // After a NOP: JMP, JNC, CALL beyond the border.
+        for code in [
+            &[0x90, 0xeb, 2][..],
+            &[0x90, 0x73, 2],
+            &[0x90, 0xe8, 2, 0, 0, 0],
+        ] {
+            let at = (1 << 47) - code.len() as u64 + 1;
+            let got = at_the_border(translate, code);
+            assert_eq!(got, (at, 0x1_8000, 0x5555), "{translate} {code:x?}");
+        }
+    }
+}

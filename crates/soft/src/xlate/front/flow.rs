@@ -7,6 +7,11 @@ use super::{Cold, Decoded, Exit, Front, HOST_SP, SP, gpr_of, host_reg};
 use crate::xlate::emit::{Address, Label, T0, T1};
 use crate::xlate::layout::{self, gpr};
 
+/// True for what is canonical under four-level paging, and so under any.
+pub(super) fn canonical(rip: u64) -> bool {
+    (rip as i64) << 16 >> 16 == rip as i64
+}
+
 impl Front<'_> {
     /// Size in bytes of a stack slot.
     pub(super) fn slot(&self) -> usize {
@@ -16,15 +21,17 @@ impl Front<'_> {
     /// Checks the slot below the stack pointer for writing: `[T1 + T0]`.
     pub(super) fn push_check(&mut self, rip: u64, flags_live: bool) {
         let n = self.slot();
-        let w = self.code64;
-        self.check_with(rip, n, true, flags_live, |f| {
-            let a = Address {
-                base: Some(HOST_SP),
-                index: None,
-                disp: -(n as i32),
-            };
-            f.t.e.lea(T0, a, w);
-        });
+        self.check_with(rip, n, true, flags_live, Self::slot_below);
+    }
+
+    /// T0 = address of the slot below the stack pointer.
+    fn slot_below(&mut self) {
+        let a = Address {
+            base: Some(HOST_SP),
+            index: None,
+            disp: -(self.slot() as i32),
+        };
+        self.t.e.lea(T0, a, self.code64);
     }
 
     /// Checks the slot at the stack pointer for reading.
@@ -49,8 +56,13 @@ impl Front<'_> {
     };
 
     pub(super) fn push_const(&mut self, rip: u64, value: u64, flags_live: bool) {
-        let (n, w) = (self.slot() as i32, self.code64);
         self.push_check(rip, flags_live);
+        self.store_const(value);
+    }
+
+    /// What follows the check of a push of a constant.
+    fn store_const(&mut self, value: u64) {
+        let (n, w) = (self.slot() as i32, self.code64);
         let small = if w {
             i32::try_from(value as i64).ok()
         } else {
@@ -172,12 +184,20 @@ impl Front<'_> {
             }
             FlowControl::IndirectCall => {
                 self.load_target(i);
-                self.push_const(i.ip(), next, true);
+                let (n, w) = (self.slot(), self.code64);
+                self.check_with(i.ip(), n, true, true, |f| {
+                    if w {
+                        f.target_check(i.ip());
+                    }
+                    f.slot_below();
+                });
+                self.store_const(next);
                 self.t.e.load(T0, layout::TARGET);
                 self.indirect_exit();
             }
             FlowControl::IndirectBranch => {
                 self.load_target(i);
+                self.note_branch();
                 self.t.e.load(T0, layout::TARGET);
                 self.indirect_exit();
             }
@@ -191,6 +211,7 @@ impl Front<'_> {
                 self.pop_check(i.ip(), HOST_SP, true);
                 self.t.e.load_mem(T0, Self::OPERAND, self.code64);
                 self.move_sp(n + extra);
+                self.note_branch();
                 self.indirect_exit();
             }
         }
@@ -215,35 +236,80 @@ impl Front<'_> {
         }
     }
 
+    /// Notes which JMP or RET leaves the block: no block is at a non-canonical target, so such a
+    /// target ends in a look-up, which raises #GP at the branch that is noted (`undo_branch`).
+    fn note_branch(&mut self) {
+        if self.code64 {
+            let at = self.t.e.address() as u32;
+            self.t.e.store_imm32(layout::BRANCH, at);
+        }
+    }
+
+    /// Leaves for the interpreter if the target of a CALL is not canonical: unlike JMP and RET it
+    /// cannot be undone once it has pushed. The flags are saved; uses T0.
+    fn target_check(&mut self, rip: u64) {
+        let at = self.t.e.label();
+        self.t.e.load(T0, layout::TARGET);
+        self.t.e.sar(T0, 47);
+        let next = Address {
+            base: Some(T0),
+            index: None,
+            disp: 1,
+        };
+        self.t.e.lea(T0, next, true);
+        self.t.e.cmp_imm(T0, 1);
+        self.t.e.jcc(7, at);
+        self.t.cold.push(Cold::InterpretSaved { at, rip });
+    }
+
     /// Goes on at the guest RIP in T0, through the jump cache.
     pub(super) fn indirect_exit(&mut self) {
+        let fold = Address {
+            base: Some(T1),
+            index: Some((T0, 0)),
+            disp: 0,
+        };
         if self.host.bmi2 {
-            self.t.e.pext_frame(T1, T0, layout::JC_MASK_AT);
+            self.t.e.rorx(T1, T0, layout::JC_BITS as u8);
+            self.t.e.lea(T1, fold, true);
+            self.t.e.pext_frame(T1, T1, layout::JC_MASK_AT);
         } else {
             // The flags must survive: they may be live in the target.
             self.t.e.save_flags();
-            self.t.e.mov(T1, T0, false);
+            self.t.e.mov(T1, T0, true);
+            self.t.e.ror(T1, layout::JC_BITS as u8);
+            self.t.e.lea(T1, fold, true);
             self.t.e.and32(T1, layout::JC_MASK as u32);
             self.t.e.restore_flags();
         }
-        self.t.e.jmp_table(layout::jump_cache(self.view));
+        self.t.e.jmp_table(self.jump_cache());
     }
 
-    /// True if a direct link to `target` stays right as long as this block is reachable: it is in
-    /// the same page of the same mapping.
-    pub(super) fn linkable(&self, target: u64) -> bool {
-        self.options.link && (target ^ self.key.rip) >> 12 == 0
+    /// True if exits are linked: within a page the mapping is the same, the entry from other
+    /// pages checks it.
+    pub(super) fn linkable(&self) -> bool {
+        self.options.link
     }
 
     pub(super) fn far_jump(&mut self, target: u64) {
+        if self.code64 && !canonical(target) {
+            // Code that runs on beyond the last canonical address: the fault is at the next.
+            self.interpret_at(target);
+            return;
+        }
         self.t.e.mov_imm(T0, target);
-        let slot = (target & layout::JC_MASK) as usize;
-        self.t.e.jmp_frame(layout::jump_cache(self.view) + 8 * slot);
+        let slot = layout::jump_slot(target);
+        self.t.e.jmp_frame(self.jump_cache() + 8 * slot);
+    }
+
+    /// Offset of the jump cache of the block's mode.
+    fn jump_cache(&self) -> usize {
+        layout::jump_cache(self.view)
     }
 
     /// Ends the block by going on at `target`.
     pub(super) fn direct_exit(&mut self, target: u64) {
-        if self.linkable(target) {
+        if self.linkable() {
             let stub = self.new_exit(target);
             self.t.e.jmp(stub);
             self.note_patch();
@@ -253,7 +319,7 @@ impl Front<'_> {
     }
 
     pub(super) fn conditional_exit(&mut self, cc: u8, target: u64) {
-        if self.linkable(target) {
+        if self.linkable() {
             let stub = self.new_exit(target);
             self.t.e.jcc(cc, stub);
             self.note_patch();
