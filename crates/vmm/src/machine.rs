@@ -4,6 +4,7 @@
 //! that changes what it does.
 
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use pyrite_api::v1::{
     ConsoleKind, DiskFormat, DiskSpec, NetKind, NetSpec, Protocol, SpecError, VmSpec,
@@ -14,7 +15,7 @@ use pyrite_devices::uart::NoSerial;
 use pyrite_disk::image::References;
 use pyrite_disk::open::{OpenOptions, open};
 use pyrite_disk::raw::RawDisk;
-use pyrite_disk::{BlockBackend, Format, ImageDisk};
+use pyrite_disk::{BlockBackend, BlockRequest, Format, ImageDisk};
 use pyrite_engine::{CpuIo, CpuidTable, Vm, VmConfig};
 use pyrite_mem::GuestMemory;
 use pyrite_net::NetBackend;
@@ -32,6 +33,8 @@ use crate::run::console::Console;
 #[cfg(test)]
 mod tests;
 
+/// How long a flush of the disks may take.
+const FLUSH_WITHIN: Duration = Duration::from_secs(60);
 /// First PCI slot of configured devices.
 const FIRST_SLOT: u8 = 1;
 /// Context id of the guest on its vsock: the first that is not reserved.
@@ -75,6 +78,8 @@ pub struct Machine {
     pub acpi_pm: Arc<Mutex<AcpiPm>>,
     /// Every unit in the order of save and reset.
     pub units: Vec<Unit>,
+    /// Back ends of the disks that keep tables in memory: all whose format is not raw.
+    pub image_disks: Vec<Arc<dyn BlockBackend>>,
     /// The engine's VM.
     pub vm: Arc<dyn Vm>,
     /// Its CPUID, before per-vCPU fields.
@@ -176,7 +181,7 @@ impl Machine {
             next: FIRST_SLOT,
             units: &mut units,
         };
-        plug_devices(spec, &console, &mut slots)?;
+        let image_disks = plug_devices(spec, &console, &mut slots)?;
         units.extend(pci_host);
 
         let acpi_pm = Arc::clone(&chipset.pm);
@@ -206,6 +211,7 @@ impl Machine {
             chipset,
             acpi_pm,
             units,
+            image_disks,
             vm,
             cpuid,
             console,
@@ -215,6 +221,28 @@ impl Machine {
 }
 
 impl Machine {
+    /// Brings everything that the guest has written into the files. Image formats keep tables in
+    /// memory: without this, what the guest has not flushed is not in the file, and a snapshot
+    /// would not fit its disks. Fails with the first disk that fails.
+    pub fn flush_disks(&self) -> anyhow::Result<()> {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        for (n, disk) in self.image_disks.iter().enumerate() {
+            let sender = sender.clone();
+            let done = move |outcome| {
+                // Nobody waits any more if another disk was too slow.
+                let _ = sender.send((n, outcome));
+            };
+            disk.submit(&self.memory, BlockRequest::Flush, Box::new(done));
+        }
+        for _ in &self.image_disks {
+            let (n, outcome) = receiver
+                .recv_timeout(FLUSH_WITHIN)
+                .map_err(|_| anyhow::anyhow!("a disk does not finish its flush"))?;
+            outcome.map_err(|e| anyhow::Error::new(e).context(format!("image {n}")))?;
+        }
+        Ok(())
+    }
+
     /// Every unit in the order of restore: interrupt controllers last. The restore of a device
     /// may move its interrupt lines, and a controller must not keep an edge of that.
     pub fn restore_order(&self) -> Vec<&Unit> {
@@ -261,9 +289,13 @@ fn plug_devices(
     spec: &VmSpec,
     console: &Console,
     slots: &mut Slots<'_>,
-) -> Result<(), AssemblyError> {
+) -> Result<Vec<Arc<dyn BlockBackend>>, AssemblyError> {
+    let mut image_disks = Vec::new();
     for (n, d) in spec.disks.iter().enumerate() {
         let backend = open_disk(d).map_err(|e| input(format!("disks[{n}].path"), e))?;
+        if d.format != DiskFormat::Raw {
+            image_disks.push(Arc::clone(&backend));
+        }
         let config = BlkConfig {
             serial: d.serial.clone().unwrap_or_default(),
             ..BlkConfig::default()
@@ -305,7 +337,7 @@ fn plug_devices(
             .map_err(|e| input("vsock", format!("cannot listen on {}: {e}", path.display())))?;
         slots.plug("virtio-vsock0", Box::new(vsock))?;
     }
-    Ok(())
+    Ok(image_disks)
 }
 
 fn open_disk(disk: &DiskSpec) -> Result<Arc<dyn BlockBackend>, String> {
