@@ -16,7 +16,7 @@ use std::sync::atomic::AtomicU32;
 use pyrite_x86::CpuState;
 
 /// log2 of the number of entries of one soft TLB.
-pub const TLB_BITS: u32 = 9;
+pub const TLB_BITS: u32 = 12;
 /// Entries of one soft TLB.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS;
 

@@ -19,6 +19,7 @@
 mod cache;
 mod code_tlb;
 mod emit;
+pub mod fast;
 mod front;
 mod layout;
 mod stubs;
@@ -148,6 +149,8 @@ impl Translator {
         x.stub_step = stubs::step as *const () as u64;
         x.stub_step_jump = stubs::step_jump as *const () as u64;
         x.stub_fpu = stubs::fpu_load as *const () as u64;
+        x.fast = fast::addresses();
+        x.tsc_offset_at = vm.tsc_offset.as_ptr() as u64;
         for jc in &mut x.jump_cache {
             jc.fill(stubs::miss as *const () as u64);
         }

@@ -18,6 +18,7 @@ mod classify;
 mod flags;
 mod flow;
 mod operand;
+mod system;
 
 use iced_x86::{
     Code, Decoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
@@ -340,7 +341,9 @@ impl<'a> Front<'a> {
             let at = i.ip().wrapping_sub(self.key.rip) as usize;
             let exchange = bytes.get(at..).is_some_and(|b| is_exchange(&i, b));
             let refused = exchange || !allows(&i) || self.refuses(&i);
-            let ends = i.flow_control() != FlowControl::Next || (refused && ends_block(&i));
+            let system = system::handles(&i, self.key.mode).is_some_and(system::System::ends_block);
+            let ends =
+                system || i.flow_control() != FlowControl::Next || (refused && ends_block(&i));
             list.push(Decoded {
                 i,
                 live: 0,
@@ -360,7 +363,7 @@ impl<'a> Front<'a> {
         }
         let mut live = ARITH;
         for d in list.iter_mut().rev() {
-            if d.refused {
+            if d.refused || system::handles(&d.i, self.key.mode).is_some() {
                 live = ARITH;
             } else {
                 let kills = if may_keep_flags(&d.i) {
@@ -381,7 +384,7 @@ impl<'a> Front<'a> {
     /// True for instructions that this translator leaves to the interpreter.
     fn refuses(&mut self, i: &Instruction) -> bool {
         let m = i.mnemonic();
-        if flags::handles(i, self.key.mode) {
+        if flags::handles(i, self.key.mode) || system::handles(i, self.key.mode).is_some() {
             return false;
         }
         if i.is_privileged() || i.is_string_instruction() {
@@ -616,6 +619,10 @@ impl<'a> Front<'a> {
             self.interpret_and_jump(i.ip());
             return true;
         }
+        if let Some(what) = system::handles(i, self.key.mode) {
+            self.system(i, what, d.live != 0);
+            return what.ends_block();
+        }
         if i.flow_control() != FlowControl::Next {
             self.branch(d);
             return true;
@@ -650,11 +657,16 @@ impl<'a> Front<'a> {
 
     /// Has the interpreter do one instruction and goes on with the next.
     fn interpret_in_place(&mut self, i: &Instruction) {
+        self.prepare_step(i);
+        self.t.e.call_frame(layout::STUB_STEP);
+    }
+
+    /// What `stubs::step` needs to know.
+    fn prepare_step(&mut self, i: &Instruction) {
         let next = self.wrap_ip(i.next_ip());
         self.t.e.store_imm64(layout::RIP, i.ip(), T0);
         self.t.e.store_imm64(layout::EXPECTED, next, T0);
         self.t.e.store_imm32(layout::MODE, self.key.mode);
-        self.t.e.call_frame(layout::STUB_STEP);
     }
 
     /// Has the interpreter do an instruction that changes RIP or the mode, and goes on where that

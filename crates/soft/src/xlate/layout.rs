@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use pyrite_x86::{CpuState, Segment};
+use pyrite_x86::{CpuState, Msrs, Segment};
 
 use crate::frame::{Frame, TlbView, VIEWS};
 
@@ -68,6 +68,10 @@ pub struct FrameArea {
     pub stub_step: u64,
     /// See `stub_exit`.
     pub stub_step_jump: u64,
+    /// Addresses of the paths of `fast.rs`, by [`super::fast::Path`].
+    pub fast: [u64; super::fast::PATHS],
+    /// Where the VM's TSC offset is, an `AtomicI64`.
+    pub tsc_offset_at: u64,
     /// RIP after the instruction that `stub_step` runs, if the block is to go on.
     pub expected: u64,
     /// Mode word of the block that runs.
@@ -112,6 +116,38 @@ pub const fn gpr(n: usize) -> usize {
 }
 pub const RIP: usize = C + offset_of!(CpuState, rip);
 pub const XSAVE: usize = C + offset_of!(CpuState, xsave);
+/// Offset of a path of `fast.rs`.
+pub const fn fast(path: super::fast::Path) -> usize {
+    X + offset_of!(FrameArea, fast) + 8 * path as usize
+}
+pub const TSC_OFFSET_AT: usize = X + offset_of!(FrameArea, tsc_offset_at);
+pub const CR4: usize = C + offset_of!(CpuState, cr4);
+pub const EFER: usize = C + offset_of!(CpuState, efer);
+const M: usize = C + offset_of!(CpuState, msrs);
+pub const STAR: usize = M + offset_of!(Msrs, star);
+pub const LSTAR: usize = M + offset_of!(Msrs, lstar);
+pub const SFMASK: usize = M + offset_of!(Msrs, sfmask);
+pub const KERNEL_GS_BASE: usize = M + offset_of!(Msrs, kernel_gs_base);
+pub const TSC_ADJUST: usize = M + offset_of!(Msrs, tsc_adjust);
+pub const TSC_AUX: usize = M + offset_of!(Msrs, tsc_aux);
+/// Offset of a segment's limit; the access rights follow it.
+pub const fn seg_limit(n: usize) -> usize {
+    C + offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, limit)
+}
+/// Offset of a segment's selector.
+pub const fn seg_selector(n: usize) -> usize {
+    C + offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, selector)
+}
+/// Offset of a view's soft TLB.
+pub const fn tlb(view: usize) -> usize {
+    offset_of!(Frame, tlb) + view * size_of::<TlbView>()
+}
+/// Offsets in a soft TLB.
+pub const TLB_READ: usize = offset_of!(TlbView, read);
+/// See [`TLB_READ`].
+pub const TLB_WRITE: usize = offset_of!(TlbView, write);
+/// See [`TLB_READ`].
+pub const TLB_HOST: usize = offset_of!(TlbView, host);
 /// Offset of a segment's base.
 pub const fn seg_base(n: usize) -> usize {
     C + offset_of!(CpuState, seg) + n * size_of::<Segment>() + offset_of!(Segment, base)
