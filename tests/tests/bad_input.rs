@@ -125,6 +125,32 @@ fn disks_are_checked() {
 }
 
 #[test]
+fn disk_images_of_other_formats_are_checked() {
+    let f = Files::new("bad-image");
+    let raw = f.file("raw", &[0; 4096]);
+    let top = f.dir.0.join("top").display().to_string();
+    let made = run(&[
+        "image", "create", "-f", "qcow2", "-b", &raw, "-F", "raw", &top,
+    ]);
+    assert!(made.status.success(), "{made:?}");
+    let vhdx = f.dir.0.join("vhdx").display().to_string();
+    assert!(
+        run(&["image", "create", "-f", "vhdx", &vhdx, "8M"])
+            .status
+            .success()
+    );
+    for (disk, words) in [
+        (top.clone(), "add ,format=qcow2"),
+        (format!("{raw},format=qcow2"), "expected a qcow2 image"),
+        (format!("{raw},format=vdi"), "expected a VDI image"),
+        (format!("{top},format=qcow2"), "backing=allow"),
+        (format!("{vhdx},format=vhdx"), "add ,ro"),
+    ] {
+        refused(&["--kernel", &f.kernel, "--disk", &disk], "--disk", words);
+    }
+}
+
+#[test]
 fn snapshot_and_socket_are_checked() {
     let f = Files::new("bad-restore");
     let dir = f.dir.0.display().to_string();

@@ -117,12 +117,37 @@ pub struct ModuleSpec {
     pub args: String,
 }
 
+/// Formats of disk images. Never guessed from what is in a file: a guest may have written it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// The file or block device is the disk.
+    #[default]
+    Raw,
+    /// QEMU copy-on-write.
+    Qcow2,
+    /// VMware.
+    Vmdk,
+    /// VirtualBox.
+    Vdi,
+    /// Virtual PC.
+    Vhd,
+    /// Hyper-V; only read-only.
+    Vhdx,
+}
+
 /// A disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
-    /// Raw image file or block device.
+    /// Image file or block device.
     pub path: PathBuf,
+    /// Its format.
+    #[serde(default)]
+    pub format: DiskFormat,
+    /// Other files that the image refers to, such as a backing file, may be read.
+    #[serde(default)]
+    pub allow_backing: bool,
     /// The guest may not write.
     #[serde(default)]
     pub read_only: bool,

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
-    BootSpec, ConsoleKind, DiskSpec, EngineKind, ForwardSpec, ModuleSpec, NetKind, NetSpec,
-    Protocol, ResetPolicy, SpecError, VmSpec,
+    BootSpec, ConsoleKind, DiskFormat, DiskSpec, EngineKind, ForwardSpec, ModuleSpec, NetKind,
+    NetSpec, Protocol, ResetPolicy, SpecError, VmSpec,
 };
+use pyrite_disk::Format;
 
 /// Runs virtual machines, with or without hardware virtualisation.
 #[derive(Debug, Parser)]
@@ -30,6 +31,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Ask something of a running VM that was started with --control.
     Ctl(CtlArgs),
+    /// Make, look at, convert and check disk images.
+    Image(crate::image::ImageArgs),
     /// Say what this host can do for VMs.
     Doctor,
     /// The process of one VM (started by `run`).
@@ -126,7 +129,15 @@ pub struct RunArgs {
     #[arg(long = "module", value_name = "FILE[ ARGS]", requires = "kernel")]
     pub modules: Vec<String>,
     /// Disk image; repeatable
-    #[arg(long = "disk", value_name = "FILE[,ro][,serial=TEXT]", value_parser = parse_disk)]
+    ///
+    /// FILE is raw unless format=FORMAT says otherwise (qcow2, vmdk, vdi, vhd, vhdx); the format
+    /// is never guessed. backing=allow lets the image name other files that are then read, such
+    /// as a backing file.
+    #[arg(
+        long = "disk",
+        value_name = "FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT]",
+        value_parser = parse_disk
+    )]
     pub disks: Vec<DiskSpec>,
     /// Network card
     #[arg(long, value_enum, default_value = "user")]
@@ -282,7 +293,7 @@ pub fn describe(error: &SpecError) -> String {
     format!("{}: {}", option_of(&error.path), error.problem)
 }
 
-/// `FILE[,ro][,serial=TEXT]`. A comma in the file name is written twice.
+/// `FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT]`. A comma in the file name is written twice.
 fn parse_disk(text: &str) -> Result<DiskSpec, String> {
     let mut parts = vec![String::new()];
     let mut chars = text.chars().peekable();
@@ -297,26 +308,39 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
     let path = parts
         .next()
         .filter(|p| !p.is_empty())
-        .ok_or("expected FILE[,ro][,serial=TEXT]")?;
+        .ok_or("expected FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT]")?;
     let mut disk = DiskSpec {
         path: path.into(),
-        read_only: false,
-        serial: None,
+        ..DiskSpec::default()
     };
     for part in parts {
         match part.split_once('=') {
             None if part == "ro" => disk.read_only = true,
             None if part == "rw" => disk.read_only = false,
             Some(("serial", s)) => disk.serial = Some(s.to_owned()),
+            Some(("format", f)) => disk.format = parse_disk_format(f)?,
+            Some(("backing", "allow")) => disk.allow_backing = true,
+            Some(("backing", "refuse")) => disk.allow_backing = false,
             _ => {
                 return Err(format!(
-                    "unknown setting {part:?}; expected ro or serial=TEXT (a comma in the file \
-                     name is written ,,)"
+                    "unknown setting {part:?}; expected format=FORMAT, ro, backing=allow or \
+                     serial=TEXT (a comma in the file name is written ,,)"
                 ));
             }
         }
     }
     Ok(disk)
+}
+
+fn parse_disk_format(text: &str) -> Result<DiskFormat, String> {
+    Ok(match text.parse()? {
+        Format::Raw => DiskFormat::Raw,
+        Format::Qcow2 => DiskFormat::Qcow2,
+        Format::Vmdk => DiskFormat::Vmdk,
+        Format::Vdi => DiskFormat::Vdi,
+        Format::Vhd => DiskFormat::Vhd,
+        Format::Vhdx => DiskFormat::Vhdx,
+    })
 }
 
 /// `[ADDR:]HOST:GUEST[/tcp|/udp]`.
@@ -405,7 +429,7 @@ mod tests {
             "--disk",
             "d,ro,serial=S1",
             "--disk",
-            "a,,b",
+            "a,,b,format=qcow2,backing=allow",
             "-p",
             "8080:80",
             "-p",
@@ -438,6 +462,11 @@ mod tests {
         assert_eq!(spec.disks[0].serial.as_deref(), Some("S1"));
         assert!(spec.disks[0].read_only && !spec.disks[1].read_only);
         assert_eq!(spec.disks[1].path, PathBuf::from("a,b"));
+        assert_eq!(
+            (spec.disks[0].format, spec.disks[1].format),
+            (DiskFormat::Raw, DiskFormat::Qcow2)
+        );
+        assert!(spec.disks[1].allow_backing && !spec.disks[0].allow_backing);
         assert!(spec.net.host_loopback);
         assert_eq!(spec.net.forwards[1].protocol, Protocol::Udp);
         assert_eq!(spec.time_limit_ms, Some(120_000));
@@ -452,6 +481,7 @@ mod tests {
             ["--memory", "99999999999T"],
             ["--disk", ",ro"],
             ["--disk", "d,colour=red"],
+            ["--disk", "d,format=qcow3"],
             ["-p", "80"],
             ["-p", "0:80"],
             ["-p", "80:70000"],

@@ -9,6 +9,7 @@ mod doctor;
 mod escape;
 mod exit;
 mod front;
+mod image;
 mod log;
 mod signals;
 mod stock;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
     let code = match cli.command {
         Command::Run(args) => run(&args),
         Command::Ctl(args) => ctl::run(args),
+        Command::Image(args) => image::run(args),
         Command::Doctor => doctor::run(),
         Command::Vmm => vmm(),
     };

@@ -15,16 +15,16 @@ pub fn check_request(
 ) -> Result<(), DiskError> {
     match request {
         BlockRequest::Read { offset, bufs } => {
-            check_range(info, *offset, check_bufs(memory, *offset, bufs)?)
+            check_span(info, *offset, check_bufs(memory, *offset, bufs)?)
         }
         BlockRequest::Write { offset, bufs, .. } => {
             check_writable(info)?;
-            check_range(info, *offset, check_bufs(memory, *offset, bufs)?)
+            check_span(info, *offset, check_bufs(memory, *offset, bufs)?)
         }
         BlockRequest::Flush => Ok(()),
         BlockRequest::Discard { offset, len } | BlockRequest::WriteZeroes { offset, len, .. } => {
             check_writable(info)?;
-            check_range(info, *offset, *len)
+            check_span(info, *offset, *len)
         }
     }
 }
@@ -37,7 +37,8 @@ fn check_writable(info: &DiskInfo) -> Result<(), DiskError> {
     }
 }
 
-fn check_range(info: &DiskInfo, offset: u64, len: u64) -> Result<(), DiskError> {
+/// Checks that a range lies within the disk and is a multiple of its blocks.
+pub fn check_span(info: &DiskInfo, offset: u64, len: u64) -> Result<(), DiskError> {
     let block = u64::from(info.block_bytes.max(1));
     let inside = offset
         .checked_add(len)

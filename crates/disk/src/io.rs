@@ -23,6 +23,15 @@ pub(crate) enum Direction {
     Write,
 }
 
+/// What a read does at the end of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AtEnd {
+    /// The file is too short for what it should hold.
+    Error,
+    /// What was never written is zeroes.
+    Zeroes,
+}
+
 /// Moves all of `bufs` from or to `file` at `offset`.
 ///
 /// The guest may change the memory meanwhile: what is written is then some mix, as with a real
@@ -33,6 +42,7 @@ pub(crate) fn transfer(
     direction: Direction,
     mut offset: u64,
     bufs: &[IoBuf],
+    at_end: AtEnd,
 ) -> Result<(), DiskError> {
     let mut pieces = Vec::with_capacity(bufs.len());
     for buf in bufs.iter().filter(|b| b.len > 0) {
@@ -65,6 +75,14 @@ pub(crate) fn transfer(
             }
             outcome = Err(map_error(error));
             break;
+        }
+        if n == 0 && direction == Direction::Read && at_end == AtEnd::Zeroes {
+            for piece in rest.iter().take(count as usize) {
+                // SAFETY: as above; nobody holds a reference into guest RAM.
+                unsafe { piece.iov_base.cast::<u8>().write_bytes(0, piece.iov_len) };
+            }
+            next += count as usize;
+            continue;
         }
         if n == 0 {
             let kind = match direction {
@@ -102,7 +120,7 @@ pub(crate) fn transfer(
 
 /// What fallocate(2) is to do with a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Punch {
+pub enum Punch {
     /// Give the space back; reads as zeroes.
     Hole,
     /// Keep the space; reads as zeroes.
@@ -133,6 +151,37 @@ pub(crate) fn punch(file: &File, how: Punch, offset: u64, len: u64) -> io::Resul
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
+    }
+}
+
+/// Whether there is data at `offset` of a file, and where that ends. None if the file system
+/// does not tell.
+pub(crate) fn next_extent(file: &File, offset: u64) -> io::Result<Option<(bool, u64)>> {
+    let seek = |whence| {
+        // SAFETY: no pointers.
+        let at = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
+        if at < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(at as u64)
+        }
+    };
+    let data = match seek(libc::SEEK_DATA) {
+        Ok(at) => at,
+        // No data up to the end.
+        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => {
+            return Ok(Some((false, file.metadata()?.len())));
+        }
+        Err(e) if is_unsupported(&e) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    if data > offset {
+        return Ok(Some((false, data)));
+    }
+    match seek(libc::SEEK_HOLE) {
+        Ok(at) if at > offset => Ok(Some((true, at))),
+        Ok(_) => Ok(None),
+        Err(e) => Err(e),
     }
 }
 

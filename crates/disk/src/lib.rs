@@ -13,17 +13,35 @@ use std::sync::Arc;
 
 use pyrite_mem::GuestMemory;
 
+mod bytes;
 mod check;
 pub mod conformance;
+pub mod image;
 mod io;
+pub mod jobs;
+mod mapped;
 pub mod mem_disk;
+pub mod open;
+pub mod payload;
+pub mod qcow2;
 pub mod raw;
+pub mod served;
+pub mod storage;
+pub mod targets;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
+mod vdi;
+mod vhd;
+mod vhdx;
+mod vmdk;
 
-pub use check::{MAX_TRANSFER_BYTES, check_request};
+pub use check::{MAX_TRANSFER_BYTES, check_request, check_span};
+pub use image::{Format, Image, ImageError};
 pub use mem_disk::MemDisk;
 pub use raw::{OpenError, RawDisk};
+pub use served::ImageDisk;
 
 /// What is known of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +76,12 @@ pub enum DiskError {
     /// The guest buffer is not RAM.
     #[error("buffer is not guest RAM")]
     BadBuffer,
+    /// The image contradicts itself. Nothing is written to it any more.
+    #[error("{0}")]
+    Corrupt(String),
+    /// The format, or this image, cannot do that.
+    #[error("{0}")]
+    Unsupported(String),
     /// Anything else from the host.
     #[error("host I/O failed")]
     Io(#[source] std::io::Error),

@@ -106,7 +106,14 @@ fn raw_disk_full_host_is_no_space() {
         .unwrap();
     let memory = GuestMemory::new(1 << 20).unwrap();
     let bufs = [IoBuf { gpa: 0, len: 512 }];
-    let outcome = crate::io::transfer(&full, &memory, crate::io::Direction::Write, 0, &bufs);
+    let outcome = crate::io::transfer(
+        &full,
+        &memory,
+        crate::io::Direction::Write,
+        0,
+        &bufs,
+        crate::io::AtEnd::Error,
+    );
     assert!(matches!(outcome, Err(DiskError::NoSpace)), "{outcome:?}");
 }
 

@@ -8,7 +8,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use pyrite_api::v1::{DiskSpec, SpecError, VmSpec};
+use pyrite_api::v1::{DiskFormat, DiskSpec, SpecError, VmSpec};
 
 use crate::boot::{BootError, BootFile, BootImage, BootInput, KernelFormat};
 
@@ -215,11 +215,17 @@ fn check_disk(disk: &DiskSpec) -> Result<(), String> {
     })?;
     let size = file.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
     if size == 0 {
-        return Err("the file is empty; expected a raw disk image".into());
+        return Err("the file is empty; expected a disk image".into());
+    }
+    if disk.format != DiskFormat::Raw {
+        drop(file);
+        return check_image(disk);
     }
     if let Some(format) = foreign_image(&mut file).map_err(|e| e.to_string())? {
+        let name = format.to_lowercase();
         return Err(format!(
-            "this is a {format} image; expected a raw disk image"
+            "this is a {format} image; expected a raw disk image (add ,format={name} if the \
+             image comes from somebody you trust)"
         ));
     }
     if !size.is_multiple_of(512) {
@@ -232,6 +238,25 @@ fn check_disk(disk: &DiskSpec) -> Result<(), String> {
             "is truncated: it has {size} bytes, but what is on it reaches to byte {wanted}"
         )),
         _ => Ok(()),
+    }
+}
+
+/// An image of another format than raw, which is opened as far as it can be without changing it.
+fn check_image(disk: &DiskSpec) -> Result<(), String> {
+    if disk.format == DiskFormat::Vhdx && !disk.read_only {
+        return Err(
+            "VHDX images can only be read; add ,ro, or convert it (pyrite image convert)".into(),
+        );
+    }
+    let options = crate::machine::open_options(disk).read_only();
+    match pyrite_disk::open::open(&disk.path, options) {
+        Ok(_) => Ok(()),
+        Err(e) => {
+            // The path is said by the caller.
+            let text = e.to_string();
+            let path = format!("{}: ", disk.path.display());
+            Err(text.strip_prefix(&path).unwrap_or(&text).to_owned())
+        }
     }
 }
 

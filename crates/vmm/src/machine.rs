@@ -6,13 +6,18 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
-use pyrite_api::v1::{ConsoleKind, NetKind, NetSpec, Protocol, SpecError, VmSpec};
+use pyrite_api::v1::{
+    ConsoleKind, DiskFormat, DiskSpec, NetKind, NetSpec, Protocol, SpecError, VmSpec,
+};
 use pyrite_devices::acpi_pm::AcpiPm;
 use pyrite_devices::chipset::{Chipset, ChipsetConfig};
 use pyrite_devices::uart::{NoSerial, SerialBackend};
-use pyrite_disk::BlockBackend;
+use pyrite_disk::image::References;
+use pyrite_disk::open::{OpenOptions, open};
 use pyrite_disk::raw::RawDisk;
+use pyrite_disk::{BlockBackend, BlockRequest, Format, ImageDisk};
 use pyrite_engine::{CpuIo, CpuidTable, Irqfd, Vm, VmConfig};
 use pyrite_mem::GuestMemory;
 use pyrite_net::NetBackend;
@@ -36,6 +41,8 @@ mod doorbell_tests;
 #[cfg(test)]
 mod tests;
 
+/// How long a flush of the disks may take.
+const FLUSH_WITHIN: Duration = Duration::from_secs(60);
 /// First PCI slot of configured devices.
 const FIRST_SLOT: u8 = 1;
 /// Context id of the guest on its vsock: the first that is not reserved.
@@ -79,6 +86,8 @@ pub struct Machine {
     pub acpi_pm: Arc<Mutex<AcpiPm>>,
     /// Every unit in the order of save and reset.
     pub units: Vec<Unit>,
+    /// Back ends of the disks that keep tables in memory: all whose format is not raw.
+    pub image_disks: Vec<Arc<dyn BlockBackend>>,
     /// The engine's VM.
     pub vm: Arc<dyn Vm>,
     /// Its CPUID, before per-vCPU fields.
@@ -231,7 +240,7 @@ impl Machine {
             next: FIRST_SLOT,
             units: &mut units,
         };
-        let balloon = plug_devices(spec, &console, &mut slots)?;
+        let (balloon, image_disks) = plug_devices(spec, &console, &mut slots)?;
         units.extend(pci_host);
 
         let acpi_pm = Arc::clone(&chipset.pm);
@@ -261,6 +270,7 @@ impl Machine {
             chipset,
             acpi_pm,
             units,
+            image_disks,
             vm,
             cpuid,
             console,
@@ -271,6 +281,28 @@ impl Machine {
 }
 
 impl Machine {
+    /// Brings everything that the guest has written into the files. Image formats keep tables in
+    /// memory: without this, what the guest has not flushed is not in the file, and a snapshot
+    /// would not fit its disks. Fails with the first disk that fails.
+    pub fn flush_disks(&self) -> anyhow::Result<()> {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        for (n, disk) in self.image_disks.iter().enumerate() {
+            let sender = sender.clone();
+            let done = move |outcome| {
+                // Nobody waits any more if another disk was too slow.
+                let _ = sender.send((n, outcome));
+            };
+            disk.submit(&self.memory, BlockRequest::Flush, Box::new(done));
+        }
+        for _ in &self.image_disks {
+            let (n, outcome) = receiver
+                .recv_timeout(FLUSH_WITHIN)
+                .map_err(|_| anyhow::anyhow!("a disk does not finish its flush"))?;
+            outcome.map_err(|e| anyhow::Error::new(e).context(format!("image {n}")))?;
+        }
+        Ok(())
+    }
+
     /// Every unit in the order of restore: interrupt controllers last. The restore of a device
     /// may move its interrupt lines, and a controller must not keep an edge of that.
     pub fn restore_order(&self) -> Vec<&Unit> {
@@ -317,20 +349,22 @@ impl Slots<'_> {
     }
 }
 
+/// The balloon's control, if there is one, and the disks whose images hold state in memory.
+type Plugged = (Option<BalloonControl>, Vec<Arc<dyn BlockBackend>>);
+
 /// The virtio devices of a specification, in slot order: disks, network, console, entropy,
 /// balloon, vsock. Returns the control of the balloon.
 fn plug_devices(
     spec: &VmSpec,
     console: &Console,
     slots: &mut Slots<'_>,
-) -> Result<Option<BalloonControl>, AssemblyError> {
+) -> Result<Plugged, AssemblyError> {
+    let mut image_disks = Vec::new();
     for (n, d) in spec.disks.iter().enumerate() {
-        let backend = open_disk(&d.path, d.read_only).map_err(|e| {
-            input(
-                format!("disks[{n}].path"),
-                format!("{}: {e}", d.path.display()),
-            )
-        })?;
+        let backend = open_disk(d).map_err(|e| input(format!("disks[{n}].path"), e))?;
+        if d.format != DiskFormat::Raw {
+            image_disks.push(Arc::clone(&backend));
+        }
         let config = BlkConfig {
             serial: d.serial.clone().unwrap_or_default(),
             ..BlkConfig::default()
@@ -374,7 +408,7 @@ fn plug_devices(
             .map_err(|e| input("vsock", format!("cannot listen on {}: {e}", path.display())))?;
         slots.plug("virtio-vsock0", Box::new(vsock))?;
     }
-    Ok(control)
+    Ok((control, image_disks))
 }
 
 /// The file for the output of a port, or nothing.
@@ -387,9 +421,37 @@ fn output(field: &str, path: Option<&Path>) -> Result<Box<dyn SerialBackend>, As
     Ok(Box::new(file))
 }
 
-fn open_disk(path: &Path, read_only: bool) -> Result<Arc<dyn BlockBackend>, String> {
-    let disk = RawDisk::open(path, read_only).map_err(|e| e.to_string())?;
-    Ok(Arc::new(disk))
+fn open_disk(disk: &DiskSpec) -> Result<Arc<dyn BlockBackend>, String> {
+    let path = &disk.path;
+    if disk.format == DiskFormat::Raw {
+        let raw =
+            RawDisk::open(path, disk.read_only).map_err(|e| format!("{}: {e}", path.display()))?;
+        return Ok(Arc::new(raw));
+    }
+    let image = open(path, open_options(disk)).map_err(|e| e.to_string())?;
+    let served = ImageDisk::new(image)
+        .map_err(|e| format!("cannot start the threads of disk {}: {e}", path.display()))?;
+    Ok(Arc::new(served))
+}
+
+/// How the image of a disk is opened.
+pub(crate) fn open_options(disk: &DiskSpec) -> OpenOptions {
+    OpenOptions {
+        format: match disk.format {
+            DiskFormat::Raw => Format::Raw,
+            DiskFormat::Qcow2 => Format::Qcow2,
+            DiskFormat::Vmdk => Format::Vmdk,
+            DiskFormat::Vdi => Format::Vdi,
+            DiskFormat::Vhd => Format::Vhd,
+            DiskFormat::Vhdx => Format::Vhdx,
+        },
+        read_only: disk.read_only,
+        references: if disk.allow_backing {
+            References::Follow
+        } else {
+            References::Refuse
+        },
+    }
 }
 
 fn user_network(spec: &NetSpec) -> Result<Arc<dyn NetBackend>, AssemblyError> {

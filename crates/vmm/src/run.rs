@@ -213,6 +213,9 @@ impl Driver {
                 tracing::warn!("while ending: {e:#}");
             }
         }
+        if let Err(e) = running.d.machine.flush_disks() {
+            tracing::error!("while ending: {e:#}");
+        }
         running.d.machine.clock.shut_down();
         ending
     }
@@ -616,6 +619,7 @@ impl Running {
             bail!("the guest is just being reset or switched off");
         }
         let m = &self.d.machine;
+        m.flush_disks().context("the disks")?;
         let mut sections = Vec::new();
         for index in 0..m.vcpus {
             sections.push(saved::save(&vcpu_unit(index), &*self.vcpus.state(index)?));

@@ -22,6 +22,7 @@ fn spec_survives_json() {
         path: "d".into(),
         read_only: true,
         serial: Some("x".into()),
+        ..DiskSpec::default()
     });
     spec.net.forwards.push(ForwardSpec {
         protocol: Protocol::Udp,
@@ -57,11 +58,11 @@ fn all_errors_are_listed_by_path() {
             path: "d".into(),
             read_only: false,
             serial: Some("x".repeat(21)),
+            ..DiskSpec::default()
         },
         DiskSpec {
             path: "d".into(),
-            read_only: false,
-            serial: None,
+            ..DiskSpec::default()
         },
     ];
     spec.net.kind = NetKind::None;

@@ -20,8 +20,7 @@ fn disk(name: &str, bytes: &[u8]) -> Result<(), String> {
     let file = Temp::new(name, bytes);
     check_disk(&DiskSpec {
         path: file.0.clone(),
-        read_only: false,
-        serial: None,
+        ..DiskSpec::default()
     })
 }
 

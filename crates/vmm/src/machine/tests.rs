@@ -1,5 +1,5 @@
 use super::*;
-use pyrite_api::v1::{DiskSpec, NetSpec};
+use pyrite_api::v1::{DiskFormat, DiskSpec, NetSpec};
 use pyrite_state::Section;
 
 /// Nobody listens.
@@ -31,8 +31,7 @@ fn machine(name: &str) -> (Machine, TempFile) {
         memory_bytes: MEMORY,
         disks: vec![DiskSpec {
             path: path.clone(),
-            read_only: false,
-            serial: None,
+            ..DiskSpec::default()
         }],
         net: NetSpec::default(),
         console: ConsoleKind::Virtio,
@@ -45,6 +44,56 @@ fn machine(name: &str) -> (Machine, TempFile) {
     let Ok(m) = m else { panic!("no machine") };
     m.chipset.pci.assign_bars().unwrap();
     (m, TempFile(path))
+}
+
+#[test]
+fn disks_are_flushed_without_the_guest() {
+    let (_m, file) = machine("flush-raw");
+    let image = TempFile(file.0.with_extension("qcow2"));
+    let storage = pyrite_disk::storage::HostFile::create(&image.0, true).unwrap();
+    let options = pyrite_disk::qcow2::CreateOptions::new(4 << 20);
+    pyrite_disk::qcow2::create(&storage, &options).unwrap();
+    drop(storage);
+    let disk = DiskSpec {
+        path: image.0.clone(),
+        format: DiskFormat::Qcow2,
+        ..DiskSpec::default()
+    };
+    let spec = VmSpec {
+        memory_bytes: MEMORY,
+        disks: vec![disk.clone()],
+        ..VmSpec::default()
+    };
+    let cpuid = crate::engines::guest_cpuid(Engine::Soft, "host", 1).unwrap();
+    let console = Console::new(false, Box::new(|_| {}));
+    let m = Machine::build(&spec, Engine::Soft, cpuid, console, Arc::new(Ignored));
+    let Ok(m) = m else { panic!("no machine") };
+    m.memory.write(0x1000, &[0x77; 512]).unwrap();
+    let bufs = vec![pyrite_disk::IoBuf {
+        gpa: 0x1000,
+        len: 512,
+    }];
+    let write = BlockRequest::Write {
+        offset: 1 << 20,
+        bufs,
+        fua: false,
+    };
+    let (sender, receiver) = std::sync::mpsc::channel();
+    m.image_disks[0].submit(&m.memory, write, Box::new(move |r| sender.send(r).unwrap()));
+    receiver.recv().unwrap().unwrap();
+    // What another process would find if this one were killed now.
+    let found = || {
+        let copy = TempFile(image.0.with_extension("copy"));
+        std::fs::copy(&image.0, &copy.0).unwrap();
+        let options = open_options(&disk).read_only();
+        let there = open(&copy.0, options).unwrap();
+        let mut sector = [0; 512];
+        pyrite_disk::image::read_into(&*there, 1 << 20, &mut sector).unwrap();
+        sector
+    };
+    assert_eq!(found(), [0; 512], "only in memory yet");
+    m.flush_disks().unwrap();
+    assert_eq!(found(), [0x77; 512]);
 }
 
 struct Random(u64);
