@@ -57,3 +57,12 @@ fn translator_with_a_tiny_cache_conforms() {
         ..SoftOptions::default()
     });
 }
+
+#[test]
+fn translator_without_runs_and_moves_conforms() {
+    conforms(&SoftOptions {
+        share_checks: false,
+        move_blocks: false,
+        ..SoftOptions::default()
+    });
+}

@@ -151,6 +151,9 @@ struct Running {
     resets: u32,
     resets_in_a_row: u32,
     booted_at_ns: u64,
+    /// Frequency that the guest takes its TSC to have; of a restored guest, what it was told then,
+    /// because every process measures the host's anew.
+    tsc_khz: u64,
     panic: Option<(String, Instant)>,
 }
 
@@ -196,6 +199,7 @@ impl Driver {
                 reason: "cannot start the VM's threads".into(),
             };
         };
+        let tsc_khz = self.machine.vm.caps().tsc_khz;
         let mut running = Running {
             d: self,
             vcpus,
@@ -204,6 +208,7 @@ impl Driver {
             resets: 0,
             resets_in_a_row: 0,
             booted_at_ns: 0,
+            tsc_khz,
             panic: None,
         };
         let ending = running.until_the_end();
@@ -636,7 +641,7 @@ impl Running {
             state_crc: 0,
             memory_crc: 0,
             cpuid: snapshot::cpuid_rows(&m.cpuid),
-            tsc_khz: m.vm.caps().tsc_khz,
+            tsc_khz: self.tsc_khz,
             manifest_crc: 0,
         };
         snapshot::write(dir, &manifest, &sections, &m.memory)
@@ -650,6 +655,7 @@ impl Running {
         snapshot::same_tsc(manifest.0.tsc_khz, m.vm.caps().tsc_khz)?;
         m.clock.set_ns(manifest.0.clock_ns);
         self.booted_at_ns = manifest.0.clock_ns;
+        self.tsc_khz = manifest.0.tsc_khz;
         snapshot::read_memory(dir, &manifest, &m.memory)?;
         let mut take = |unit: &str| {
             let at = sections.iter().position(|s| s.unit == unit);

@@ -107,3 +107,118 @@ fn change32(code: &mut [u8], at: usize, f: impl FnOnce(u32) -> u32) -> Option<()
     bytes.copy_from_slice(&value.to_le_bytes());
     Some(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::front::{Front, HostFeatures, Place, Tools};
+    use super::super::{add, mode};
+    use super::*;
+    use crate::frame::View;
+    use crate::vm::SoftOptions;
+
+    /// Code with every kind of constant that depends on RIP.
+    const CODE: &[u8] = &[
+        0x53, // push rbx
+        0x48, 0x8b, 0x05, 0x10, 0x20, 0x00, 0x00, // mov rax, [rip + 2010h]
+        0x48, 0x8d, 0x3d, 0x00, 0x30, 0x00, 0x00, // lea rdi, [rip + 3000h]
+        0x48, 0x01, 0xd8, // add rax, rbx
+        0x48, 0x8b, 0x4e, 0x08, // mov rcx, [rsi + 8]
+        0x4c, 0x89, 0x56, 0x10, // mov [rsi + 10h], r10
+        0x66, 0x0f, 0xef, 0xc0, // pxor xmm0, xmm0
+        0xf3, 0xa4, // rep movsb
+        0x0f, 0xa2, // cpuid
+        0x5b, // pop rbx
+    ];
+    const ENDS: &[&[u8]] = &[
+        &[0xe8, 0x00, 0x50, 0x00, 0x00], // call to another page
+        &[0x75, 0xf0],                   // jne back
+        &[0xff, 0xd0],                   // call rax
+        &[0xff, 0x25, 0, 1, 0, 0],       // jmp [rip + 100h]
+        &[0xc3],                         // ret
+        &[0x0f, 0x05],                   // syscall
+        &[0xf4],                         // hlt, the interpreter's
+    ];
+
+    fn key(rip: u64) -> BlockKey {
+        let units = mode::CODE64 | mode::X87 | mode::SSE | mode::AVX;
+        BlockKey {
+            gpa: 0x12_3456,
+            rip,
+            mode: View::User as u32 | units,
+        }
+    }
+
+    fn place(cache: &Cache, rip: u64, slot: u32) -> Place {
+        Place {
+            key: key(rip),
+            base: cache.base() + cache.free_at() as u64,
+            first_exit: cache.exits.len() as u32,
+            force_poll: false,
+            page: PageCheck { slot, value: 77 },
+            second: None,
+        }
+    }
+
+    #[test]
+    fn a_moved_block_is_what_a_translation_would_be() {
+        let options = SoftOptions::default();
+        let host = HostFeatures {
+            bmi2: true,
+            decoder: 0,
+        };
+        let (old_rip, new_rip) = (0x5555_5555_4456, 0x7f12_3456_7456);
+        for end in ENDS {
+            let bytes = [CODE, end].concat();
+            let mut cache = Cache::new(1 << 20).expect("memory");
+            let mut tools = Tools::new();
+            let mut translate = |place| {
+                let t = Front::translate(&mut tools, &bytes, place, &|_| true, &options, host);
+                (t.code.to_vec(), t.block, t.exits)
+            };
+            let (code, block, exits) = translate(place(&cache, old_rip, 5));
+            assert!(block.relocs.is_some(), "{end:x?}");
+            let id = add(&mut cache, &code, block, exits);
+            // Links must not be copied.
+            if !cache.exits.is_empty() {
+                cache.link(0, id, true);
+            }
+            let at = place(&cache, new_rip, 9);
+            let (fresh, fresh_block, fresh_exits) = translate(at);
+            let target = Target {
+                key: at.key,
+                base: at.base,
+                first_exit: at.first_exit,
+                page: at.page,
+            };
+            let mut moved = Vec::new();
+            let (block, exits) = copy(&cache, id, &target, &mut moved).expect("can be moved");
+            assert_eq!(moved, fresh, "{end:x?}");
+            assert_eq!(block.map, fresh_block.map);
+            assert_eq!(block.relocs, fresh_block.relocs);
+            let targets = |x: &[Exit]| x.iter().map(|x| x.target).collect::<Vec<_>>();
+            assert_eq!(targets(&exits), targets(&fresh_exits));
+        }
+    }
+
+    #[test]
+    fn blocks_near_the_end_of_the_user_half_stay() {
+        let options = SoftOptions::default();
+        let host = HostFeatures {
+            bmi2: true,
+            decoder: 0,
+        };
+        let mut cache = Cache::new(1 << 20).expect("memory");
+        let mut tools = Tools::new();
+        let at = place(&cache, 0x5555_5555_4456, 1);
+        let t = Front::translate(&mut tools, &[0x90, 0xc3], at, &|_| true, &options, host);
+        let (code, block, exits) = (t.code.to_vec(), t.block, t.exits);
+        let id = add(&mut cache, &code, block, exits);
+        let target = Target {
+            key: key(0x7fff_ffff_f456),
+            base: 0,
+            first_exit: 0,
+            page: at.page,
+        };
+        assert!(copy(&cache, id, &target, &mut Vec::new()).is_none());
+    }
+}

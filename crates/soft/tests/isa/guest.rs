@@ -115,6 +115,14 @@ pub fn settings() -> Vec<(&'static str, SoftOptions)> {
             },
         ),
         (
+            "translator, no runs",
+            SoftOptions {
+                share_checks: false,
+                code_cache_bytes: 1 << 20,
+                ..d()
+            },
+        ),
+        (
             "translator, precise flags",
             SoftOptions {
                 precise_flags: true,
