@@ -308,7 +308,8 @@ fn on_signal(_signal: i32, context: &mut libc::ucontext_t) -> bool {
     true
 }
 
-/// Called by the slow stub on a soft-TLB miss. 0 = try again, 1 = leave translated code.
+/// Called by the slow stub on a soft-TLB miss. 0 = try again, 1 = leave translated code, 2 = the
+/// operand was copied to `FrameArea::split`.
 unsafe extern "sysv64" fn slow_memory(frame: *mut Frame, lin: u64, desc: u32) -> u32 {
     // SAFETY: `run` stored the vCPU's address and does not touch it while translated code runs.
     let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
@@ -325,8 +326,34 @@ unsafe extern "sysv64" fn slow_memory(frame: *mut Frame, lin: u64, desc: u32) ->
     if (!v.long64() || v.canonical(lin)) && v.refill(lin, size, write, view) == Ok(true) {
         return 0;
     }
+    if !write && v.copy_split(lin, size) {
+        return 2;
+    }
     v.frame.xlate.reason = reason::INTERPRET;
     1
+}
+
+impl SoftVcpu {
+    /// Copies an operand that lies in two pages to `FrameArea::split`, at the same alignment. False
+    /// if it is in one page (and so not plain memory), or faults.
+    fn copy_split(&mut self, lin: u64, size: usize) -> bool {
+        let crosses = (lin & (PAGE_SIZE - 1)) as usize + size > PAGE_SIZE as usize;
+        let last = lin.wrapping_add(size as u64 - 1);
+        let canonical = !self.long64() || (self.canonical(lin) && self.canonical(last));
+        let mut bytes = [0u8; 64];
+        let Some(bytes) = bytes.get_mut(..size) else {
+            return false;
+        };
+        if !crosses || !canonical || self.read_bytes(lin, bytes, Priv::Current).is_err() {
+            return false;
+        }
+        let at = (lin & 63) as usize;
+        let split = &mut self.frame.xlate.split.0;
+        split[at..at + size].copy_from_slice(bytes);
+        let address = &raw const split[at] as u64;
+        self.frame.xlate.split_at = address;
+        true
+    }
 }
 
 /// Called by the step stub: interprets the instruction at RIP. 0 = the block goes on, 1 = leave.

@@ -66,6 +66,7 @@ enum Cold {
     Slow {
         at: Label,
         retry: Label,
+        done: Label,
         tags: usize,
         desc: u32,
         rip: u64,
@@ -739,6 +740,7 @@ impl<'a> Front<'a> {
                 Cold::Slow {
                     at,
                     retry,
+                    done,
                     tags,
                     desc,
                     rip,
@@ -749,6 +751,7 @@ impl<'a> Front<'a> {
                     self.t.e.mov_imm(T1, u64::from(desc));
                     self.t.e.call_frame(layout::STUB_SLOW);
                     self.t.e.jmp(retry);
+                    self.t.e.jmp(done);
                 }
                 Cold::Poll { at, rip } => {
                     self.t.e.bind(at);

@@ -25,6 +25,10 @@ pub const fn jump_slot(rip: u64) -> usize {
     (rip.wrapping_add(rip.rotate_right(JC_BITS)) & JC_MASK) as usize
 }
 
+/// See [`FrameArea::split`].
+#[repr(C, align(64))]
+pub struct SplitOperand(pub [u8; 128]);
+
 /// What emitted code and its stubs keep for themselves in the [`Frame`].
 #[repr(C)]
 pub struct FrameArea {
@@ -72,6 +76,10 @@ pub struct FrameArea {
     pub stub_stack: u64,
     /// Addresses of the paths of `fast.rs`, by [`super::fast::Path`].
     pub fast: [u64; super::fast::PATHS],
+    /// A copy of an operand that lies in two pages, at its own alignment.
+    pub split: SplitOperand,
+    /// Address of that copy.
+    pub split_at: u64,
     /// Host address less linear address, for the accesses of a run.
     pub run_delta: u64,
     /// PEXT mask of the bits that are equal in a canonical address.
@@ -126,6 +134,7 @@ pub const XSAVE: usize = C + offset_of!(CpuState, xsave);
 pub const fn fast(path: super::fast::Path) -> usize {
     X + offset_of!(FrameArea, fast) + 8 * path as usize
 }
+pub const SPLIT_AT: usize = X + offset_of!(FrameArea, split_at);
 pub const RUN_DELTA: usize = X + offset_of!(FrameArea, run_delta);
 pub const CANONICAL_MASK: usize = X + offset_of!(FrameArea, canonical_mask);
 pub const STUB_STACK: usize = X + offset_of!(FrameArea, stub_stack);

@@ -136,7 +136,9 @@ pub const DESC_FLAGS_SAVED: u32 = 1 << 24;
 
 /// Soft-TLB miss. Called with R10 = linear address, R11 = descriptor (size in bits 0-7, write in
 /// bit 8, view in bits 16-17, [`DESC_FLAGS_SAVED`]) and the instruction's RIP in the frame.
-/// Returns to try again, or leaves translated code with `reason::INTERPRET`.
+/// Returns to try again; or 5 bytes further, with the operand, which lies in two pages and is only
+/// read, copied to where R11 points, and R10 = 0; or leaves translated code with
+/// `reason::INTERPRET`.
 ///
 /// # Safety
 /// Only from translated code.
@@ -227,9 +229,13 @@ pub unsafe extern "sysv64" fn slow() {
         "mov edx, r11d",
         "mov rsp, [rbx + {host_rsp}]",
         "call {slow_memory}",
-        "test eax, eax",
-        "jnz 5f",
+        "cmp eax, 1",
+        "je 5f",
         "lea rsp, [rbx - 8]",
+        "jb 4f",
+        // To the instruction after the jump, whose length is 5.
+        "add qword ptr [rsp], 5",
+        "4:",
         "cmp dword ptr [rsp + 8 + {live}], 0",
         "je 4f",
         "mov eax, [rsp + 8 + {mask}]",
@@ -244,6 +250,8 @@ pub unsafe extern "sysv64" fn slow() {
         "mov r9, [rsp + 8 + {r9}]",
         "mov rbx, [rsp + 8 + {rbx}]",
         "mov rax, [rsp + 8 + {rax}]",
+        "mov r11, [rsp + 8 + {split_at}]",
+        "mov r10d, 0",
         "ret",
         "5:",
         "mov dword ptr [rbx + {live}], 0",
@@ -256,6 +264,7 @@ pub unsafe extern "sysv64" fn slow() {
         "pop rbp",
         "pop rbx",
         "ret",
+        split_at = const layout::SPLIT_AT,
         host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS,
         live = const layout::FPU_LIVE, mask = const layout::XSAVE_MASK,
         xsave = const layout::XSAVE, mxcsr = const layout::MXCSR_HOST,

@@ -277,6 +277,7 @@ impl Front<'_> {
         let at = self.t.e.label();
         self.t.e.jcc(7, at);
         self.t.e.table_op(0x8b, T1, layout::tlb_host(self.view));
+        let done = self.t.e.here();
         if flags_live {
             self.t.e.restore_flags();
         }
@@ -287,6 +288,7 @@ impl Front<'_> {
         self.t.cold.push(Cold::Slow {
             at,
             retry,
+            done,
             tags,
             desc,
             rip,
