@@ -113,7 +113,7 @@ fn a_terminal_is_raw_resized_suspended_and_put_back() {
     let kernel = dir.file("kernel", &guest::pvh(&code));
     let mut command = Command::new("python3");
     command
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/pty.py"))
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/terminal.py"))
         .arg(pyrite())
         .arg(&kernel);
     let linux = fixtures::guest(KernelPackage {
