@@ -8,5 +8,6 @@ mod debugging;
 mod hostile;
 mod long;
 mod protected;
+mod soft_tlb;
 mod tasks;
 mod v86;
