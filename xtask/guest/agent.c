@@ -151,7 +151,7 @@ static void start(struct copy *c, int n, const char *command)
     if (c->pid == 0) {
         char dir[64];
         setpgid(0, 0);
-        snprintf(dir, sizeof dir, "/tmp/work/%d", n);
+        snprintf(dir, sizeof dir, "/tmp/scratch/%d", n);
         if (chdir(dir))
             _exit(126);
         int null = open("/dev/null", O_RDONLY);
@@ -193,9 +193,9 @@ static void request(long id, int copies, int limit, const char *command)
     int n, open_ends = copies, status = 0;
     char dir[64];
 
-    mkdir("/tmp/work", 0755);
+    mkdir("/tmp/scratch", 0755);
     for (n = 0; n < copies; n++) {
-        snprintf(dir, sizeof dir, "/tmp/work/%d", n);
+        snprintf(dir, sizeof dir, "/tmp/scratch/%d", n);
         mkdir(dir, 0755);
     }
     long long begin = now(), until = begin + limit * 1000000000LL, used_before = used();
@@ -248,7 +248,7 @@ static void clean(void)
     while (waitpid(-1, 0, WNOHANG) > 0)
         ;
     if (fork() == 0) {
-        execl("/bin/rm", "rm", "-rf", "/tmp/work", (char *)0);
+        execl("/bin/rm", "rm", "-rf", "/tmp/scratch", (char *)0);
         _exit(127);
     }
     wait(0);

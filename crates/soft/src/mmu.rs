@@ -94,6 +94,10 @@ pub struct TlbNotes {
 
 const FETCH_ENTRIES: usize = 256;
 
+/// LIMIT: large pages that are remembered; a guest can map more of them than the host has memory to
+/// list. When it is reached everything is dropped, which is always allowed.
+const LARGE_MAX: usize = 4096;
+
 #[derive(Clone, Copy)]
 struct FetchEntry {
     /// Linear page address; odd = empty.
@@ -261,6 +265,9 @@ impl SoftVcpu {
 
     fn note_large(&mut self, lin: u64, shift: u8) {
         if shift > 12 {
+            if self.notes.large.len() >= LARGE_MAX {
+                self.flush_tlb(false);
+            }
             self.notes.large.insert((lin >> shift, shift));
         }
     }

@@ -736,6 +736,9 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
         );
         drop_everything(v);
     }
+    if v.xlate.code_tlb.needs_clearing(key.mode & mode::UNITS) {
+        drop_everything(v);
+    }
     let user = key.mode & mode::VIEW == View::User as u32;
     let next = next_page(key.rip);
     let (Some(first_slot), Some(next_slot)) = (

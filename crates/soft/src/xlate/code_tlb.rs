@@ -51,6 +51,11 @@ impl CodeTlb {
         }
     }
 
+    /// True if a mode has no number and there are no more: everything must be dropped first.
+    pub fn needs_clearing(&self, units: u32) -> bool {
+        self.units.len() >= UNITS_MAX && !self.units.contains(&units)
+    }
+
     /// The slot value for a guest-physical address in a mode. `None`: not expressible.
     pub fn value(&mut self, gpa: u64, units: u32) -> Option<u32> {
         let page = (gpa >> 12) + 1;
@@ -159,6 +164,20 @@ mod tests {
         assert_ne!(Some(a), t.value(0, 2));
         assert!(a < 1 << 31);
         assert_eq!(t.value(1 << 40, 1), None);
+    }
+
+    #[test]
+    fn modes_that_find_no_number_ask_for_clearing() {
+        let (mut t, mut table) = (CodeTlb::default(), table());
+        for units in 0..UNITS_MAX as u32 {
+            assert!(!t.needs_clearing(units));
+            assert!(t.value(0, units).is_some());
+        }
+        assert!(!t.needs_clearing(0));
+        assert!(t.needs_clearing(99));
+        assert_eq!(t.value(0, 99), None);
+        t.clear(&mut table);
+        assert!(t.value(0, 99).is_some());
     }
 
     #[test]
