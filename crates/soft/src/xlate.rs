@@ -2,7 +2,8 @@
 //!
 //! Guest code is translated a block at a time, within one page, by copying its instructions with
 //! registers renamed and memory operands replaced ([`front`]); blocks live in a per-vCPU cache
-//! ([`cache`]) and jump to each other directly within a page and through a jump cache otherwise.
+//! ([`cache`]), jump to each other directly, checking the mapping of pages that they enter
+//! ([`code_tlb`]), and through a jump cache where the target varies.
 //! What the translator does not do itself, an exit hands to the interpreter, one instruction at a
 //! time. Dropping all translations at any moment is correct.
 //!
