@@ -6,6 +6,13 @@
 //! Every access is bounds-checked against the layout; guest memory is shared with running vCPUs,
 //! so its content may change between two reads. Nothing here hands out references into it.
 //!
+//! # Read-only memory and shadow RAM
+//!
+//! A machine that starts with firmware ([`GuestMemory::with_rom`]) has ROM that ends at 4 GiB, in
+//! the same mapping behind the RAM, and says for each page from A0000H to FFFFFH whether loads and
+//! stores go to RAM, to ROM or to devices ([`GuestMemory::set_route`]). Other machines have RAM
+//! there. What is not reached by a load or store is no RAM to it: engines take it to the bus.
+//!
 //! # Page flags
 //!
 //! One byte per 4 KiB page tells engines and devices what must happen on a write:
@@ -23,8 +30,17 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+mod route;
+#[cfg(test)]
+mod tests;
+
+pub use route::{LEGACY_END, LEGACY_START, Route};
+
 /// Page size in bytes.
 pub const PAGE_SIZE: u64 = 4096;
+/// End of RAM below 4 GiB of a machine that starts with firmware: firmware for this chipset puts
+/// PCI Express configuration space at 2.75 GiB (B0000000H) or above, and BARs around it.
+pub const FIRMWARE_LOW_RAM_END: u64 = 0x8000_0000;
 /// First guest-physical address of the PCI hole: RAM below 4 GiB ends here at the latest.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// RAM that does not fit below the hole starts here.
@@ -51,6 +67,9 @@ pub enum MemError {
     /// The size is not a positive multiple of 4 KiB, or absurd.
     #[error("guest memory size {0} must be a multiple of 4 KiB between 1 MiB and 16 TiB")]
     BadSize(u64),
+    /// The ROM is empty, not of whole pages, or too large for its place below 4 GiB.
+    #[error("a ROM of {0} bytes must have whole 4 KiB pages, and 16 MiB at most")]
+    BadRom(u64),
     /// The host refused.
     #[error("cannot {what} guest memory")]
     Os {
@@ -73,17 +92,39 @@ pub struct RamRegion {
     pub ram_offset: u64,
 }
 
-/// Called with the guest-physical address of a page that has [`PAGE_CODE`] and was or is about to
-/// be written by something other than the engine itself.
+/// A range of guest-physical space and the memory that is mapped there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// First guest-physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub size_bytes: u64,
+    /// Offset of the first byte in the memfd and in the mapping.
+    pub ram_offset: u64,
+    /// Stores do not reach it.
+    pub read_only: bool,
+}
+
+/// What an engine is told of memory.
 pub trait CodeListener: Send + Sync {
-    /// The page at `page_gpa` (4 KiB aligned) has changed: drop translations made from it.
+    /// The page at `page_gpa` (4 KiB aligned), which has [`PAGE_CODE`], was or is about to be
+    /// written by something other than the engine itself: drop translations made from it.
     fn code_written(&self, page_gpa: u64);
+    /// Other memory is mapped at the pages from `first` to `last` (4 KiB aligned): drop what was
+    /// translated from them and what is known of where they are, before the calling vCPU goes on
+    /// to its next instruction. Called by the vCPU thread that changed the mapping, or while all
+    /// vCPUs are stopped.
+    fn mapping_changed(&self, first: u64, last: u64);
 }
 
 /// The RAM of one VM.
 pub struct GuestMemory {
     base: *mut u8,
+    /// RAM; the ROM follows it in the mapping.
     size_bytes: u64,
+    rom_bytes: u64,
+    /// Where A0000H-FFFFFH lead, if they are not just RAM.
+    routes: Option<route::Routes>,
     fd: OwnedFd,
     regions: Vec<RamRegion>,
     page_flags: Box<[AtomicU8]>,
@@ -101,6 +142,22 @@ unsafe impl Sync for GuestMemory {}
 impl GuestMemory {
     /// Reserves `size_bytes` of zeroed RAM. Pages are taken from the host when first touched.
     pub fn new(size_bytes: u64) -> Result<GuestMemory, MemError> {
+        GuestMemory::allocate(size_bytes, LOW_RAM_END, &[])
+    }
+
+    /// RAM as [`GuestMemory::new`], but below 4 GiB it ends at [`FIRMWARE_LOW_RAM_END`], and with
+    /// `rom` (whole pages, at most 16 MiB) just below 4 GiB. Loads from A0000H-FFFFFH go to the
+    /// ROM's last pages or to devices, as after power-on.
+    pub fn with_rom(size_bytes: u64, rom: &[u8]) -> Result<GuestMemory, MemError> {
+        // LIMIT: what is between the local APICs' page and 4 GiB.
+        let bytes = rom.len() as u64;
+        if bytes == 0 || bytes > 16 << 20 || !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(MemError::BadRom(bytes));
+        }
+        GuestMemory::allocate(size_bytes, FIRMWARE_LOW_RAM_END, rom)
+    }
+
+    fn allocate(size_bytes: u64, low_end: u64, rom: &[u8]) -> Result<GuestMemory, MemError> {
         // LIMIT: 1 MiB (real-mode memory map) to 16 TiB.
         if !size_bytes.is_multiple_of(PAGE_SIZE) || !(1 << 20..=1 << 44).contains(&size_bytes) {
             return Err(MemError::BadSize(size_bytes));
@@ -118,15 +175,16 @@ impl GuestMemory {
         }
         // SAFETY: a fresh descriptor that nobody else owns.
         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+        let mapped_bytes = size_bytes + rom.len() as u64;
         // SAFETY: plain system call on an owned descriptor.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), size_bytes as libc::off_t) } != 0 {
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), mapped_bytes as libc::off_t) } != 0 {
             return Err(os("size")());
         }
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                size_bytes as usize,
+                mapped_bytes as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_NORESERVE,
                 fd.as_raw_fd(),
@@ -138,7 +196,12 @@ impl GuestMemory {
         }
         // SAFETY: the range was just mapped. Advice may be ignored.
         unsafe { libc::madvise(base, size_bytes as usize, libc::MADV_HUGEPAGE) };
-        let low = size_bytes.min(LOW_RAM_END);
+        // SAFETY: the ROM's bytes follow the RAM's in the range just mapped.
+        unsafe {
+            let at = base.cast::<u8>().add(size_bytes as usize);
+            std::ptr::copy_nonoverlapping(rom.as_ptr(), at, rom.len());
+        }
+        let low = size_bytes.min(low_end);
         let mut regions = vec![RamRegion {
             gpa: 0,
             size_bytes: low,
@@ -151,10 +214,12 @@ impl GuestMemory {
                 ram_offset: low,
             });
         }
-        let pages = (size_bytes / PAGE_SIZE) as usize;
+        let pages = (mapped_bytes / PAGE_SIZE) as usize;
         Ok(GuestMemory {
             base: base.cast(),
             size_bytes,
+            rom_bytes: rom.len() as u64,
+            routes: (!rom.is_empty()).then(route::Routes::default),
             fd,
             regions,
             page_flags: (0..pages).map(|_| AtomicU8::new(0)).collect(),
@@ -169,7 +234,17 @@ impl GuestMemory {
         self.size_bytes
     }
 
-    /// The RAM ranges, ascending.
+    /// Bytes of the mapping: RAM and ROM. Offsets are less than this.
+    pub fn mapped_bytes(&self) -> u64 {
+        self.size_bytes + self.rom_bytes
+    }
+
+    /// End of RAM below 4 GiB.
+    pub fn low_ram_end(&self) -> u64 {
+        self.regions.first().map_or(0, |r| r.size_bytes)
+    }
+
+    /// The RAM ranges, ascending. RAM at A0000H-FFFFFH is among them whether it is mapped or not.
     pub fn regions(&self) -> &[RamRegion] {
         &self.regions
     }
@@ -179,7 +254,7 @@ impl GuestMemory {
         &self.fd
     }
 
-    /// Host address of RAM offset 0. The mapping is `size_bytes` long and lives with `self`.
+    /// Host address of RAM offset 0. The mapping is `mapped_bytes` long and lives with `self`.
     pub fn host_base(&self) -> *mut u8 {
         self.base
     }
@@ -189,8 +264,29 @@ impl GuestMemory {
         let _ = self.listener.set(listener);
     }
 
-    /// RAM offset of `gpa` if `len` bytes from there are RAM in one region.
+    /// RAM offset of `gpa` if `len` bytes from there are RAM in one region, for loads and stores.
     pub fn ram_offset(&self, gpa: u64, len: u64) -> Option<u64> {
+        let at = self.write_offset(gpa, len)?;
+        (self.read_offset(gpa, len) == Some(at)).then_some(at)
+    }
+
+    /// Offset of what loads of `len` bytes from `gpa` reach, if it is RAM or ROM in one piece.
+    pub fn read_offset(&self, gpa: u64, len: u64) -> Option<u64> {
+        match &self.routes {
+            None => self.in_regions(gpa, len),
+            Some(r) => self.routed(r, gpa, len, false),
+        }
+    }
+
+    /// Offset of what stores of `len` bytes to `gpa` reach, if it is RAM in one piece.
+    pub fn write_offset(&self, gpa: u64, len: u64) -> Option<u64> {
+        match &self.routes {
+            None => self.in_regions(gpa, len),
+            Some(r) => self.routed(r, gpa, len, true),
+        }
+    }
+
+    fn in_regions(&self, gpa: u64, len: u64) -> Option<u64> {
         self.regions.iter().find_map(|r| {
             let off = gpa.checked_sub(r.gpa)?;
             let end = off.checked_add(len)?;
@@ -198,17 +294,30 @@ impl GuestMemory {
         })
     }
 
-    /// Host address of `gpa` if `len` bytes from there are RAM in one region.
+    /// Host address of `gpa` if `len` bytes from there are RAM in one region, for loads and
+    /// stores.
     ///
     /// The caller takes over the duties of a write: dirty log and code notice.
     pub fn host_ptr(&self, gpa: u64, len: u64) -> Option<*mut u8> {
-        let off = self.ram_offset(gpa, len)?;
-        // SAFETY: ram_offset proved that off + len is within the mapping.
-        Some(unsafe { self.base.add(off as usize) })
+        self.at(self.ram_offset(gpa, len)?)
     }
 
-    /// Guest-physical address of a RAM offset.
+    /// Host address of what loads of `len` bytes from `gpa` reach, if it is in one piece.
+    pub fn read_ptr(&self, gpa: u64, len: u64) -> Option<*const u8> {
+        self.at(self.read_offset(gpa, len)?)
+            .map(<*mut u8>::cast_const)
+    }
+
+    fn at(&self, off: u64) -> Option<*mut u8> {
+        // SAFETY: offsets that the look-ups return are within the mapping.
+        (off < self.mapped_bytes()).then(|| unsafe { self.base.add(off as usize) })
+    }
+
+    /// Guest-physical address of a RAM offset, of ROM the one below 4 GiB.
     pub fn gpa_of_offset(&self, ram_offset: u64) -> Option<u64> {
+        if let Some(off) = ram_offset.checked_sub(self.size_bytes) {
+            return (off < self.rom_bytes).then(|| HIGH_RAM_START - self.rom_bytes + off);
+        }
         self.regions.iter().find_map(|r| {
             let off = ram_offset.checked_sub(r.ram_offset)?;
             (off < r.size_bytes).then_some(r.gpa + off)
@@ -224,7 +333,7 @@ impl GuestMemory {
     pub fn read(&self, gpa: u64, out: &mut [u8]) -> Result<(), MemError> {
         let len = out.len() as u64;
         let p = self
-            .host_ptr(gpa, len)
+            .read_ptr(gpa, len)
             .ok_or(MemError::NotRam { gpa, len })?;
         // SAFETY: p..p+len is mapped; out is exclusive. The guest may race: bytes are just bytes.
         unsafe { std::ptr::copy_nonoverlapping(p, out.as_mut_ptr(), out.len()) };
@@ -235,9 +344,9 @@ impl GuestMemory {
     pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), MemError> {
         let len = data.len() as u64;
         let off = self
-            .ram_offset(gpa, len)
+            .write_offset(gpa, len)
             .ok_or(MemError::NotRam { gpa, len })?;
-        // SAFETY: ram_offset proved the bounds.
+        // SAFETY: write_offset proved the bounds.
         unsafe {
             std::ptr::copy_nonoverlapping(data.as_ptr(), self.base.add(off as usize), data.len());
         };
@@ -334,6 +443,13 @@ impl GuestMemory {
         words
     }
 
+    /// Gives all RAM back to the host; it reads as zero afterwards. ROM and routes stay.
+    pub fn discard_all(&self) -> Result<(), MemError> {
+        self.punch(0, self.size_bytes)?;
+        self.mark_written(0, self.size_bytes);
+        Ok(())
+    }
+
     /// Gives whole pages back to the host; they read as zero afterwards. Returns the bytes freed.
     pub fn discard(&self, gpa: u64, len: u64) -> Result<u64, MemError> {
         let start = gpa
@@ -347,13 +463,20 @@ impl GuestMemory {
         let off = self
             .ram_offset(start, n)
             .ok_or(MemError::NotRam { gpa, len })?;
+        self.punch(off, n)?;
+        self.mark_written(off, n);
+        Ok(n)
+    }
+
+    /// Makes a range of the memfd a hole.
+    fn punch(&self, off: u64, len: u64) -> Result<(), MemError> {
         // SAFETY: an owned memfd; the range is inside it.
         let r = unsafe {
             libc::fallocate(
                 self.fd.as_raw_fd(),
                 libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
                 off as libc::off_t,
-                n as libc::off_t,
+                len as libc::off_t,
             )
         };
         if r != 0 {
@@ -363,8 +486,17 @@ impl GuestMemory {
                 source,
             });
         }
-        self.mark_written(off, n);
-        Ok(n)
+        Ok(())
+    }
+
+    /// Host address for an aligned atomic load.
+    fn load_ptr(&self, gpa: u64, size: u64) -> Result<*mut u8, MemError> {
+        if !gpa.is_multiple_of(size) {
+            return Err(MemError::NotRam { gpa, len: size });
+        }
+        self.read_ptr(gpa, size)
+            .map(<*const u8>::cast_mut)
+            .ok_or(MemError::NotRam { gpa, len: size })
     }
 
     fn atomic_ptr(&self, gpa: u64, size: u64) -> Result<*mut u8, MemError> {
@@ -377,7 +509,7 @@ impl GuestMemory {
 
     /// Atomic 16-bit load; the address must be aligned.
     pub fn load_u16(&self, gpa: u64, order: Ordering) -> Result<u16, MemError> {
-        let p = self.atomic_ptr(gpa, 2)?;
+        let p = self.load_ptr(gpa, 2)?;
         // SAFETY: in bounds, aligned, and atomics may race with guest stores.
         Ok(unsafe { AtomicU16::from_ptr(p.cast()) }.load(order))
     }
@@ -393,14 +525,14 @@ impl GuestMemory {
 
     /// Atomic 32-bit load; the address must be aligned.
     pub fn load_u32(&self, gpa: u64, order: Ordering) -> Result<u32, MemError> {
-        let p = self.atomic_ptr(gpa, 4)?;
+        let p = self.load_ptr(gpa, 4)?;
         // SAFETY: as in load_u16.
         Ok(unsafe { AtomicU32::from_ptr(p.cast()) }.load(order))
     }
 
     /// Atomic 64-bit load; the address must be aligned.
     pub fn load_u64(&self, gpa: u64, order: Ordering) -> Result<u64, MemError> {
-        let p = self.atomic_ptr(gpa, 8)?;
+        let p = self.load_ptr(gpa, 8)?;
         // SAFETY: as in load_u16.
         Ok(unsafe { AtomicU64::from_ptr(p.cast()) }.load(order))
     }
@@ -423,7 +555,7 @@ impl GuestMemory {
 impl Drop for GuestMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping was made in `new` with this size and nobody can reach it any more.
-        unsafe { libc::munmap(self.base.cast(), self.size_bytes as usize) };
+        unsafe { libc::munmap(self.base.cast(), self.mapped_bytes() as usize) };
     }
 }
 

@@ -160,8 +160,8 @@ fn one(v: &mut SoftVcpu) -> Result<(), Trap> {
 fn code_bytes(v: &mut SoftVcpu, lin: u64) -> Result<(u128, usize, Option<Exception>), Exception> {
     if lin & 0xfff <= 0x1000 - 16 {
         let gpa = v.fetch_gpa(lin)?;
-        if let Some(p) = v.vm.memory.host_ptr(gpa, 16) {
-            // SAFETY: host_ptr proved that 16 bytes are RAM.
+        if let Some(p) = v.vm.memory.read_ptr(gpa, 16) {
+            // SAFETY: read_ptr proved that 16 bytes are RAM or ROM.
             let bytes = unsafe { p.cast::<u128>().read_unaligned() };
             return Ok((u128::from_le(bytes), INSN_BYTES_MAX, None));
         }

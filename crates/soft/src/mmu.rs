@@ -210,10 +210,15 @@ impl SoftVcpu {
         if self.is_apic_page(page_gpa) {
             return Ok(Place::Io(t.gpa));
         }
-        let Some(off) = self.vm.memory.ram_offset(page_gpa, PAGE_SIZE) else {
+        let memory = &self.vm.memory;
+        let Some(off) = memory.read_offset(page_gpa, PAGE_SIZE) else {
             return Ok(Place::Io(t.gpa));
         };
-        // SAFETY: ram_offset proved that the page is inside the mapping.
+        // Stores that do not reach what loads reach go to the bus: to ROM, or past it to RAM.
+        if kind == AccessKind::Write && memory.write_offset(page_gpa, PAGE_SIZE) != Some(off) {
+            return Ok(Place::Io(t.gpa));
+        }
+        // SAFETY: read_offset proved that the page is inside the mapping.
         let host_page = unsafe { self.vm.memory.host_base().add(off as usize) };
         let flags = self.vm.memory.page_flags(off);
         let mut may_write = false;

@@ -195,6 +195,10 @@ impl SoftVcpu {
             let stale = lock(&self.shared().stale_pages).replace(Vec::new());
             xlate::drop_stale(self, stale);
         }
+        if events & event::REMAPPED != 0 {
+            self.flush_tlb(false);
+            xlate::drop_everything(self);
+        }
         if events & event::DROP_WRITE != 0 {
             self.drop_write_entries();
         }

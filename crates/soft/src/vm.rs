@@ -34,6 +34,8 @@ pub mod event {
     pub const TIMER: u32 = 1 << 8;
     /// Somebody wants to see the counters.
     pub const SAMPLE: u32 = 1 << 9;
+    /// Guest-physical pages lead elsewhere: all translations of addresses and code must go.
+    pub const REMAPPED: u32 = 1 << 10;
 }
 
 /// How the engine is tuned and tested.
@@ -367,6 +369,12 @@ impl CodeListener for StaleCode {
                 }
             }
             v.raise(event::STALE_CODE);
+        }
+    }
+    fn mapping_changed(&self, _first: u64, _last: u64) {
+        let Some(vm) = self.0.upgrade() else { return };
+        for v in &vm.vcpus {
+            v.raise(event::REMAPPED);
         }
     }
 }

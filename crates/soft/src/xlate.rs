@@ -70,13 +70,13 @@ mod mode {
     pub const UNITS: u32 = !(VIEW | PLAIN);
 }
 
-/// Which 64-byte parts of each page of RAM have been translated by any vCPU.
+/// Which 64-byte parts of each page of RAM and ROM have been translated by any vCPU.
 pub struct CodeMap(Box<[AtomicU64]>);
 
 impl CodeMap {
     /// Nothing translated.
     pub fn new(memory: &GuestMemory) -> CodeMap {
-        let pages = (memory.size_bytes() / PAGE_SIZE) as usize;
+        let pages = (memory.mapped_bytes() / PAGE_SIZE) as usize;
         CodeMap((0..pages).map(|_| AtomicU64::new(0)).collect())
     }
 
@@ -703,7 +703,7 @@ const INSN_BYTES_MAX: usize = 15;
 fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     let vm = std::sync::Arc::clone(&v.vm);
     let page_gpa = key.gpa & !(PAGE_SIZE - 1);
-    let page_off = vm.memory.ram_offset(page_gpa, PAGE_SIZE)?;
+    let page_off = vm.memory.read_offset(page_gpa, PAGE_SIZE)?;
     protect(v, page_off);
     let at = (key.gpa & (PAGE_SIZE - 1)) as usize;
     let mut bytes = [0u8; GUEST_BYTES_MAX];
@@ -715,7 +715,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
         // A block of one instruction, whose rest is in the next page.
         let gpa = second_page(v, key.rip)?;
         let rest = INSN_BYTES_MAX - first;
-        protect(v, vm.memory.ram_offset(gpa, PAGE_SIZE)?);
+        protect(v, vm.memory.read_offset(gpa, PAGE_SIZE)?);
         vm.memory
             .read(gpa, &mut bytes[first..INSN_BYTES_MAX])
             .ok()?;
@@ -804,7 +804,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     vm.memory.read(key.gpa, &mut again[..here]).ok()?;
     if let Some((gpa, rest)) = second {
         vm.code_map
-            .page(vm.memory.ram_offset(gpa, PAGE_SIZE)?)?
+            .page(vm.memory.read_offset(gpa, PAGE_SIZE)?)?
             .fetch_or(parts(0, rest), Ordering::SeqCst);
         vm.memory.read(gpa, &mut again[here..len]).ok()?;
     }

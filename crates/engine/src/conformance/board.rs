@@ -4,6 +4,8 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use pyrite_mem::{GuestMemory, Route};
+
 use crate::{CpuIo, Vm};
 
 /// LIMIT: words a guest may report.
@@ -16,6 +18,7 @@ const PIC_VECTOR: u8 = 0x35;
 #[derive(Default)]
 struct Inner {
     vm: Option<Weak<dyn Vm>>,
+    memory: Option<Arc<GuestMemory>>,
     vcpus: u32,
     trace: Vec<u32>,
     exit: Option<u8>,
@@ -38,6 +41,8 @@ struct Inner {
 /// E3H out of 32 bits: MSI with the vector in bits 7:0 to the APIC in bits 15:8, sent by a thread
 /// of its own as a device does.
 ///
+/// E4H out of a byte: where F0000H-FFFFFH leads; bit 0 for loads, bit 1 for stores: RAM. Else ROM.
+///
 /// MMIO at D000_0000H: a store reports D000_0000H + size × 256 + low offset byte and the value in
 /// 32-bit words; a load reads bytes offset + n. The end of a level interrupt reports E010_0000H + vector.
 pub(super) struct Board {
@@ -57,14 +62,19 @@ impl Board {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn connect(&self, vm: &Arc<dyn Vm>, vcpus: u32) {
+    pub(super) fn connect(&self, vm: &Arc<dyn Vm>, vcpus: u32, memory: &Arc<GuestMemory>) {
         let mut i = self.lock();
+        i.memory = Some(Arc::clone(memory));
         i.vm = Some(Arc::downgrade(vm));
         i.vcpus = vcpus;
     }
 
     pub(super) fn now_ns(&self) -> u64 {
         u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    fn memory(&self) -> Option<Arc<GuestMemory>> {
+        self.lock().memory.clone()
     }
 
     fn vm(&self) -> Option<Arc<dyn Vm>> {
@@ -181,6 +191,10 @@ impl CpuIo for Board {
     }
 
     fn mmio_write(&self, _vcpu: u32, gpa: u64, data: &[u8]) {
+        // Stores to RAM whose loads reach ROM come here.
+        if self.memory().is_some_and(|m| m.write(gpa, data).is_ok()) {
+            return;
+        }
         let head = gpa as u32 & 0xffff_f0ff | (data.len() as u32) << 8;
         let mut all = vec![head];
         all.extend(words(data));
@@ -212,6 +226,15 @@ impl CpuIo for Board {
             0xe0 => self.report(&[0xe000_0000 | data.len() as u32, value]),
             0xe1 => self.command(value as u8),
             0xe3 => self.device_message(value),
+            0xe4 => {
+                if let Some(m) = self.memory() {
+                    let route = Route {
+                        read_ram: value & 1 != 0,
+                        write_ram: value & 2 != 0,
+                    };
+                    m.set_route(0xf_0000, 0x10_0000, route);
+                }
+            }
             0xf4 => {
                 {
                     let mut i = self.lock();

@@ -21,6 +21,14 @@ use super::asm;
 pub(super) const LOAD: u64 = 0x8000;
 /// RAM of a micro-guest's VM.
 pub(super) const RAM_BYTES: u64 = 4 << 20;
+/// Size of the ROM in bytes: it ends at 4 GiB and, unless RAM is there, at 1 MiB.
+const ROM_BYTES: usize = 64 << 10;
+/// What the ROM begins with, 16-bit code: two functions that return 1 in EAX, the
+/// second after it has written AL to port E4H.
+const ROM_CODE: [u8; 25] = [
+    0x66, 0xb8, 1, 0, 0, 0, 0xcb, 0, 0, 0, 0, 0, 0, 0, 0, 0, // mov $1, %eax; lret
+    0xe6, 0xe4, 0x66, 0xb8, 1, 0, 0, 0, 0xcb, // out %al, $0xe4; mov $1, %eax; lret
+];
 const GDT: u64 = 0x1000;
 const IDT64: u64 = 0x2000;
 const IDT32: u64 = 0x3000;
@@ -115,6 +123,19 @@ fn stubs(m: &GuestMemory, at: u64, handlers: u64) -> Result<(), MemError> {
         m.write(at + v * 16, &code)?;
     }
     Ok(())
+}
+
+/// Memory of a micro-guest: RAM, and the ROM behind the last 64 KiB of the first MiB.
+pub(super) fn memory() -> Result<GuestMemory, MemError> {
+    let mut rom = vec![0; ROM_BYTES];
+    rom[..ROM_CODE.len()].copy_from_slice(&ROM_CODE);
+    let m = GuestMemory::with_rom(RAM_BYTES, &rom)?;
+    let ram = pyrite_mem::Route {
+        read_ram: true,
+        write_ram: true,
+    };
+    m.set_route(pyrite_mem::LEGACY_START, pyrite_mem::LEGACY_END, ram);
+    Ok(m)
 }
 
 /// Fills memory for a guest whose code is `image`.

@@ -213,7 +213,7 @@ struct Rig {
 
 impl Rig {
     fn new(factory: Factory<'_>, vcpus: u32, board: Arc<Board>) -> Result<Rig, String> {
-        let memory = Arc::new(GuestMemory::new(layout::RAM_BYTES).map_err(|e| e.to_string())?);
+        let memory = Arc::new(layout::memory().map_err(|e| e.to_string())?);
         let clock = Arc::clone(&board);
         let vm = factory(VmConfig {
             memory: Arc::clone(&memory),
@@ -223,7 +223,7 @@ impl Rig {
             clock: Arc::new(move || clock.now_ns()),
         })
         .map_err(|e| format!("no VM: {e}"))?;
-        board.connect(&vm, vcpus);
+        board.connect(&vm, vcpus, &memory);
         Ok(Rig { vm, memory, board })
     }
 

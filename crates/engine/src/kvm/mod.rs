@@ -25,6 +25,7 @@ pub mod cpuid;
 mod events;
 mod ioctl;
 mod limits;
+mod slots;
 mod state;
 mod vcpu;
 
@@ -34,8 +35,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data,
-    kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, kvm_clock_data, kvm_enable_cap, kvm_msi,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use pyrite_mem::GuestMemory;
@@ -99,6 +99,7 @@ struct Shared {
     xsave_bytes: usize,
     has_sregs2: bool,
     routes: Mutex<Routes>,
+    slots: Mutex<slots::Slots>,
 }
 
 impl Shared {
@@ -128,7 +129,6 @@ pub struct KvmVm {
     shared: Arc<Shared>,
     caps: EngineCaps,
     vcpus: Mutex<Vec<Option<KvmVcpu>>>,
-    logging: AtomicBool,
     failed_msis: AtomicU32,
 }
 
@@ -196,6 +196,7 @@ impl KvmVm {
             remotes: (0..config.vcpus).map(|_| Arc::default()).collect(),
             running: Mutex::new(0),
             routes: Mutex::default(),
+            slots: Mutex::default(),
         });
         let mut vm = KvmVm {
             shared,
@@ -205,10 +206,10 @@ impl KvmVm {
                 tsc_khz: 0,
             },
             vcpus: Mutex::new(Vec::new()),
-            logging: AtomicBool::new(false),
             failed_msis: AtomicU32::new(0),
         };
-        vm.map_memory(false)?;
+        vm.shared.map_memory(false)?;
+        slots::follow_routes(&vm.shared);
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let v = KvmVcpu::new(&vm.shared, index)?;
@@ -221,55 +222,6 @@ impl KvmVm {
         }
         vm.vcpus = Mutex::new(vcpus);
         Ok(vm)
-    }
-
-    /// Sets all memory slots, with or without KVM's dirty log.
-    fn map_memory(&self, log_dirty: bool) -> Result<(), EngineError> {
-        let memory = &self.shared.memory;
-        for (slot, r) in memory.regions().iter().enumerate() {
-            let host = memory
-                .host_ptr(r.gpa, r.size_bytes)
-                .ok_or_else(|| EngineError::Internal("a RAM region without memory".to_owned()))?;
-            let region = kvm_userspace_memory_region {
-                slot: slot as u32,
-                flags: if log_dirty {
-                    KVM_MEM_LOG_DIRTY_PAGES
-                } else {
-                    0
-                },
-                guest_phys_addr: r.gpa,
-                memory_size: r.size_bytes,
-                userspace_addr: host as u64,
-            };
-            // SAFETY: host..host+size is GuestMemory's mapping, which `Shared` keeps alive as
-            // long as the VM's descriptor.
-            unsafe { self.shared.fd.set_user_memory_region(region) }
-                .map_err(os("give RAM to KVM"))?;
-        }
-        Ok(())
-    }
-
-    fn pull_dirty_log(&self) -> Result<(), EngineError> {
-        let memory = &self.shared.memory;
-        for (slot, r) in memory.regions().iter().enumerate() {
-            let size = usize::try_from(r.size_bytes)
-                .map_err(|_| EngineError::Internal("RAM larger than the host".to_owned()))?;
-            let words = self
-                .shared
-                .fd
-                .get_dirty_log(slot as u32, size)
-                .map_err(os("read KVM's dirty log"))?;
-            let first = r.ram_offset / pyrite_mem::PAGE_SIZE;
-            for (n, w) in words.iter().enumerate() {
-                let mut left = *w;
-                while left != 0 {
-                    let bit = left.trailing_zeros();
-                    left &= left - 1;
-                    memory.log_dirty(first + n as u64 * 64 + u64::from(bit));
-                }
-            }
-        }
-        Ok(())
     }
 }
 
@@ -338,22 +290,13 @@ impl Vm for KvmVm {
     }
 
     fn drop_write_permission(&self) {
-        let want = self.shared.memory.dirty_logging();
-        let have = self.logging.swap(want, Ordering::SeqCst);
-        let r = match (have, want) {
-            (false, false) => Ok(()),
-            (true, true) => self.pull_dirty_log(),
-            _ => self.map_memory(want),
-        };
-        if let Err(e) = r {
+        if let Err(e) = self.shared.begin_dirty_round() {
             tracing::error!("dirty log: {e}");
         }
     }
 
     fn sync_dirty_log(&self) {
-        if self.logging.load(Ordering::SeqCst)
-            && let Err(e) = self.pull_dirty_log()
-        {
+        if let Err(e) = self.shared.sync_dirty_log() {
             tracing::error!("dirty log: {e}");
         }
     }

@@ -4,6 +4,7 @@ mod apic;
 mod io;
 mod paging;
 mod real;
+mod rom;
 mod segments;
 mod smc;
 mod smp;
@@ -22,6 +23,7 @@ pub(super) fn all() -> Vec<&'static Guest> {
         apic::GUESTS,
         smc::GUESTS,
         smp::GUESTS,
+        rom::GUESTS,
     ]
     .into_iter()
     .flatten()
