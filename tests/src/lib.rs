@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 pub mod fixtures;
 pub mod guest;
+pub mod screen;
 pub mod user_space;
 
 /// The pyrite executable of this build, built if need be.

@@ -70,6 +70,16 @@ pub enum Command {
         /// In bytes.
         bytes: u64,
     },
+    /// Writes what the screen shows to a PNG file.
+    Screenshot {
+        /// The file, which is replaced.
+        path: PathBuf,
+    },
+    /// Types on the keyboard.
+    Keys {
+        /// What.
+        strokes: Vec<Stroke>,
+    },
     /// Shows the tree of what the machine is, below `path`.
     Inspect {
         /// `/`-separated; empty for all.
@@ -80,6 +90,21 @@ pub enum Command {
         /// The directory, which must not exist.
         dir: PathBuf,
     },
+}
+
+/// LIMIT: strokes of one request.
+pub const MAX_STROKES: usize = 64;
+/// LIMIT: characters of a text to type.
+pub const MAX_TEXT_CHARS: usize = 16_384;
+
+/// Something to type.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stroke {
+    /// Characters of a US keyboard, one after the other.
+    Text(String),
+    /// Keys by name, held down together: `ctrl-alt-delete`.
+    Chord(String),
 }
 
 /// From the VM process.

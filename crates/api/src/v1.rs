@@ -9,10 +9,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod screen;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
+pub use screen::{ScreenSpec, VgaKind, VncListen, VncSpec};
 pub use snapshot::{SNAPSHOT_FORMAT, SnapshotManifest};
 
 /// LIMIT: most vCPUs of a VM.
@@ -216,6 +218,9 @@ pub struct VmSpec {
     /// Console.
     #[serde(default)]
     pub console: ConsoleKind,
+    /// Screen.
+    #[serde(default)]
+    pub screen: ScreenSpec,
     /// Memory balloon.
     #[serde(default)]
     pub balloon: bool,
@@ -257,6 +262,7 @@ impl Default for VmSpec {
             disks: Vec::new(),
             net: NetSpec::default(),
             console: ConsoleKind::Serial,
+            screen: ScreenSpec::default(),
             balloon: false,
             vsock: None,
             serial2: None,
@@ -343,6 +349,7 @@ impl VmSpec {
         }
         self.validate_disks(&mut bad);
         self.validate_net(&mut bad);
+        self.screen.validate(&mut bad);
         if let Some(v) = &self.vsock {
             // sockaddr_un.sun_path, with room for a port suffix.
             if v.as_os_str().is_empty() || v.as_os_str().len() > 90 {

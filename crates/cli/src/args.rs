@@ -31,6 +31,12 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Ask something of a running VM that was started with --control.
     Ctl(CtlArgs),
+    /// Write what the screen of a running VM shows to a PNG file.
+    Screenshot(crate::screen::ScreenshotArgs),
+    /// Type a text on the keyboard of a running VM.
+    Type(crate::screen::TypeArgs),
+    /// Press keys of the keyboard of a running VM.
+    Key(crate::screen::KeyArgs),
     /// Make, look at, convert and check disk images.
     Image(crate::image::ImageArgs),
     /// Say what this host can do for VMs.
@@ -180,6 +186,9 @@ pub struct RunArgs {
     /// Unix socket for connections to and from the guest (vsock)
     #[arg(long, value_name = "SOCKET")]
     pub vsock: Option<PathBuf>,
+    /// The screen
+    #[command(flatten)]
+    pub screen: crate::screen::ScreenArgs,
     /// Add a memory balloon
     #[arg(long)]
     pub balloon: bool,
@@ -243,6 +252,7 @@ impl RunArgs {
                 host_loopback: self.host_loopback,
             },
             console: console.unwrap_or_default(),
+            screen: self.screen.spec(),
             balloon: self.balloon,
             vsock: self.vsock.clone(),
             serial2: self.serial2.clone(),
@@ -278,6 +288,8 @@ fn option_of(path: &str) -> &'static str {
         ("net", p) if p.starts_with("net.host_loopback") => "--host-loopback",
         ("net", _) => "--net",
         ("console", _) => "--console",
+        ("screen", p) if p.starts_with("screen.vnc") => "--vnc",
+        ("screen", _) => "--vga",
         ("balloon", _) => "--balloon",
         ("vsock", _) => "--vsock",
         ("serial2", _) => "--serial2",

@@ -128,7 +128,12 @@ fn answer(
 
 /// `pyrite ctl`: asks, and shows the outcome. 0 if it was done.
 pub fn run(args: CtlArgs) -> u8 {
-    match ask(&args.socket, args.ask) {
+    finish(ask(&args.socket, args.ask))
+}
+
+/// Shows an outcome. 0 if it was done.
+pub fn finish(outcome: Result<Outcome>) -> u8 {
+    match outcome {
         Ok(Outcome::Done) => 0,
         Ok(Outcome::Tree(tree)) => {
             // A reader that has seen enough is no error.
@@ -160,6 +165,11 @@ fn ask(socket: &Path, what: Ask) -> Result<Outcome> {
         Ask::Power => Command::PowerButton,
         Ask::Stop => Command::Stop,
     };
+    request(socket, command)
+}
+
+/// Asks something of the VM that listens at `socket`.
+pub fn request(socket: &Path, command: Command) -> Result<Outcome> {
     let stops = command == Command::Stop;
     let mut stream = UnixStream::connect(socket)
         .with_context(|| format!("no VM listens at {}", socket.display()))?;

@@ -11,6 +11,7 @@ mod exit;
 mod front;
 mod image;
 mod log;
+mod screen;
 mod signals;
 mod stock;
 mod terminal;
@@ -27,6 +28,9 @@ fn main() -> ExitCode {
     let code = match cli.command {
         Command::Run(args) => run(&args),
         Command::Ctl(args) => ctl::run(args),
+        Command::Screenshot(args) => screen::screenshot(&args),
+        Command::Type(args) => screen::type_text(&args),
+        Command::Key(args) => screen::key(&args),
         Command::Image(args) => image::run(args),
         Command::Doctor => doctor::run(),
         Command::Vmm => vmm(),

@@ -180,11 +180,8 @@ impl Chipset {
         let hpet = Hpet::new(&config.clock, lines, Arc::clone(&config.msi), replaced);
         mmio.insert(HPET_START, 0x400, "hpet", hpet.clone())?;
         units.push(hpet.clone());
-        let ram_bytes = |start| {
-            let at = config.memory.regions().iter().filter(|r| r.gpa == start);
-            at.map(|r| r.size_bytes).sum()
-        };
-        let ram = [ram_bytes(0), ram_bytes(pyrite_mem::HIGH_RAM_START)];
+        let low = config.memory.low_ram_end();
+        let ram = [low, config.memory.size_bytes() - low];
         let rtc = Rtc::new(
             &config.clock,
             config.wall_clock,

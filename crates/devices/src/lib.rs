@@ -19,6 +19,7 @@ macro_rules! passive {
 pub mod acpi_pm;
 pub mod chipset;
 pub mod debug_ports;
+pub mod display;
 pub mod fw_cfg;
 pub mod hpet;
 pub mod i8042;

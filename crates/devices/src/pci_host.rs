@@ -156,6 +156,16 @@ impl PciHost {
     fn rebuild(&self, p: &mut Plugged) {
         let memory = DecodeTable::build(&p.functions, |k| k != BarKind::Io);
         let io = DecodeTable::build(&p.functions, |k| k == BarKind::Io);
+        // First everything is taken away, so that no two memories are ever at one address.
+        let nothing = DecodeTable::default();
+        for (devfn, f) in &mut p.functions {
+            if f.memories_move(&memory, *devfn) {
+                f.place_memories(&nothing, *devfn);
+            }
+        }
+        for (devfn, f) in &mut p.functions {
+            f.place_memories(&memory, *devfn);
+        }
         if let Some(sink) = &self.doorbells {
             for (devfn, f) in &mut p.functions {
                 let now = f.doorbells_in(&memory, *devfn);

@@ -30,10 +30,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+mod device;
 mod route;
 #[cfg(test)]
 mod tests;
 
+pub use device::{DeviceMemory, Layout};
 pub use route::{LEGACY_END, LEGACY_START, Route};
 
 /// Page size in bytes.
@@ -123,8 +125,11 @@ pub struct GuestMemory {
     /// RAM; the ROM follows it in the mapping.
     size_bytes: u64,
     rom_bytes: u64,
+    /// RAM, ROM and memories of devices.
+    mapped_bytes: u64,
     /// Where A0000H-FFFFFH lead, if they are not just RAM.
     routes: Option<route::Routes>,
+    windows: Vec<device::DeviceWindow>,
     fd: OwnedFd,
     regions: Vec<RamRegion>,
     page_flags: Box<[AtomicU8]>,
@@ -142,22 +147,39 @@ unsafe impl Sync for GuestMemory {}
 impl GuestMemory {
     /// Reserves `size_bytes` of zeroed RAM. Pages are taken from the host when first touched.
     pub fn new(size_bytes: u64) -> Result<GuestMemory, MemError> {
-        GuestMemory::allocate(size_bytes, LOW_RAM_END, &[])
+        GuestMemory::with_layout(&Layout {
+            ram_bytes: size_bytes,
+            ..Layout::default()
+        })
     }
 
     /// RAM as [`GuestMemory::new`], but below 4 GiB it ends at [`FIRMWARE_LOW_RAM_END`], and with
     /// `rom` (whole pages, at most 16 MiB) just below 4 GiB. Loads from A0000H-FFFFFH go to the
     /// ROM's last pages or to devices, as after power-on.
     pub fn with_rom(size_bytes: u64, rom: &[u8]) -> Result<GuestMemory, MemError> {
-        // LIMIT: what is between the local APICs' page and 4 GiB.
-        let bytes = rom.len() as u64;
-        if bytes == 0 || bytes > 16 << 20 || !bytes.is_multiple_of(PAGE_SIZE) {
-            return Err(MemError::BadRom(bytes));
+        if rom.is_empty() {
+            return Err(MemError::BadRom(0));
         }
-        GuestMemory::allocate(size_bytes, FIRMWARE_LOW_RAM_END, rom)
+        GuestMemory::with_layout(&Layout {
+            ram_bytes: size_bytes,
+            rom: rom.to_vec(),
+            ..Layout::default()
+        })
     }
 
-    fn allocate(size_bytes: u64, low_end: u64, rom: &[u8]) -> Result<GuestMemory, MemError> {
+    /// Everything that `layout` names; RAM and device memories are zeroed. Device memories are seen
+    /// nowhere at first.
+    pub fn with_layout(layout: &Layout) -> Result<GuestMemory, MemError> {
+        let (size_bytes, rom) = (layout.ram_bytes, &layout.rom[..]);
+        // LIMIT: what is between the local APICs' page and 4 GiB.
+        let bytes = rom.len() as u64;
+        if bytes > 16 << 20 || !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(MemError::BadRom(bytes));
+        }
+        let low_end = match bytes {
+            0 => LOW_RAM_END,
+            _ => FIRMWARE_LOW_RAM_END,
+        };
         // LIMIT: 1 MiB (real-mode memory map) to 16 TiB.
         if !size_bytes.is_multiple_of(PAGE_SIZE) || !(1 << 20..=1 << 44).contains(&size_bytes) {
             return Err(MemError::BadSize(size_bytes));
@@ -175,7 +197,8 @@ impl GuestMemory {
         }
         // SAFETY: a fresh descriptor that nobody else owns.
         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-        let mapped_bytes = size_bytes + rom.len() as u64;
+        let after_rom = size_bytes + rom.len() as u64;
+        let (windows, mapped_bytes) = device::DeviceWindow::all(after_rom, &layout.device_bytes)?;
         // SAFETY: plain system call on an owned descriptor.
         if unsafe { libc::ftruncate(fd.as_raw_fd(), mapped_bytes as libc::off_t) } != 0 {
             return Err(os("size")());
@@ -202,11 +225,23 @@ impl GuestMemory {
             std::ptr::copy_nonoverlapping(rom.as_ptr(), at, rom.len());
         }
         let low = size_bytes.min(low_end);
-        let mut regions = vec![RamRegion {
-            gpa: 0,
-            size_bytes: low,
-            ram_offset: 0,
-        }];
+        let mut regions = Vec::new();
+        let mut add = |gpa: u64, end: u64| {
+            if end > gpa {
+                regions.push(RamRegion {
+                    gpa,
+                    size_bytes: end - gpa,
+                    ram_offset: gpa,
+                });
+            }
+        };
+        // With ROM, routes say what the window is.
+        if layout.has_video_window && rom.is_empty() {
+            add(0, low.min(device::VIDEO_WINDOW_START));
+            add(device::VIDEO_WINDOW_END, low);
+        } else {
+            add(0, low);
+        }
         if size_bytes > low {
             regions.push(RamRegion {
                 gpa: HIGH_RAM_START,
@@ -219,6 +254,8 @@ impl GuestMemory {
             base: base.cast(),
             size_bytes,
             rom_bytes: rom.len() as u64,
+            mapped_bytes,
+            windows,
             routes: (!rom.is_empty()).then(route::Routes::default),
             fd,
             regions,
@@ -234,14 +271,15 @@ impl GuestMemory {
         self.size_bytes
     }
 
-    /// Bytes of the mapping: RAM and ROM. Offsets are less than this.
+    /// Bytes of the mapping: RAM, ROM and device memories. Offsets are less than this.
     pub fn mapped_bytes(&self) -> u64 {
-        self.size_bytes + self.rom_bytes
+        self.mapped_bytes
     }
 
     /// End of RAM below 4 GiB.
     pub fn low_ram_end(&self) -> u64 {
-        self.regions.first().map_or(0, |r| r.size_bytes)
+        let mut low = self.regions.iter().filter(|r| r.gpa < HIGH_RAM_START);
+        low.next_back().map_or(0, |r| r.gpa + r.size_bytes)
     }
 
     /// The RAM ranges, ascending. RAM at A0000H-FFFFFH is among them whether it is mapped or not.
@@ -276,6 +314,7 @@ impl GuestMemory {
             None => self.in_regions(gpa, len),
             Some(r) => self.routed(r, gpa, len, false),
         }
+        .or_else(|| self.in_windows(gpa, len))
     }
 
     /// Offset of what stores of `len` bytes to `gpa` reach, if it is RAM in one piece.
@@ -284,6 +323,11 @@ impl GuestMemory {
             None => self.in_regions(gpa, len),
             Some(r) => self.routed(r, gpa, len, true),
         }
+        .or_else(|| self.in_windows(gpa, len))
+    }
+
+    fn in_windows(&self, gpa: u64, len: u64) -> Option<u64> {
+        self.windows.iter().find_map(|w| w.offset(gpa, len))
     }
 
     fn in_regions(&self, gpa: u64, len: u64) -> Option<u64> {
@@ -316,7 +360,8 @@ impl GuestMemory {
     /// Guest-physical address of a RAM offset, of ROM the one below 4 GiB.
     pub fn gpa_of_offset(&self, ram_offset: u64) -> Option<u64> {
         if let Some(off) = ram_offset.checked_sub(self.size_bytes) {
-            return (off < self.rom_bytes).then(|| HIGH_RAM_START - self.rom_bytes + off);
+            let rom = (off < self.rom_bytes).then(|| HIGH_RAM_START - self.rom_bytes + off);
+            return rom.or_else(|| self.windows.iter().find_map(|w| w.gpa_of(ram_offset)));
         }
         self.regions.iter().find_map(|r| {
             let off = ram_offset.checked_sub(r.ram_offset)?;
@@ -443,10 +488,35 @@ impl GuestMemory {
         words
     }
 
-    /// Gives all RAM back to the host; it reads as zero afterwards. ROM and routes stay.
+    /// Copies into the mapping at an offset, with the duties of [`GuestMemory::write`].
+    pub fn write_at_offset(&self, ram_offset: u64, data: &[u8]) -> Result<(), MemError> {
+        let len = data.len() as u64;
+        let end = ram_offset.checked_add(len);
+        if end.is_none_or(|e| e > self.mapped_bytes) {
+            return Err(MemError::NotRam {
+                gpa: ram_offset,
+                len,
+            });
+        }
+        // SAFETY: the range was just found to be inside the mapping.
+        unsafe {
+            let to = self.base.add(ram_offset as usize);
+            std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len());
+        };
+        self.mark_written(ram_offset, len);
+        Ok(())
+    }
+
+    /// Gives all RAM and the memories of devices back to the host; they read as zero afterwards.
+    /// ROM and routes stay.
     pub fn discard_all(&self) -> Result<(), MemError> {
-        self.punch(0, self.size_bytes)?;
-        self.mark_written(0, self.size_bytes);
+        let devices = self.size_bytes + self.rom_bytes;
+        for (start, end) in [(0, self.size_bytes), (devices, self.mapped_bytes)] {
+            if end > start {
+                self.punch(start, end - start)?;
+                self.mark_written(start, end - start);
+            }
+        }
         Ok(())
     }
 

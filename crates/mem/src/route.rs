@@ -75,7 +75,7 @@ impl GuestMemory {
         }
     }
 
-    /// Everything that is mapped, ascending and without overlap: RAM and ROM for loads, with what
+    /// Everything that is mapped, ascending and without overlap: RAM, ROM and device memories for loads, with what
     /// stores reach as well not `read_only`. Pages whose stores go to RAM but whose loads do not
     /// are read-only here: an engine gives such stores to the bus, which has them stored.
     pub fn mappings(&self) -> Vec<Mapping> {
@@ -85,10 +85,11 @@ impl GuestMemory {
             ram_offset: r.ram_offset,
             read_only: false,
         });
-        if self.routes.is_none() {
-            return ram.collect();
-        }
         let mut all: Vec<Mapping> = Vec::new();
+        if self.routes.is_none() {
+            all.extend(ram);
+            return self.with_devices(all);
+        }
         for m in ram {
             if m.gpa != 0 {
                 all.push(m);
@@ -117,6 +118,15 @@ impl GuestMemory {
         };
         let at = all.partition_point(|m| m.gpa < rom.gpa);
         all.insert(at, rom);
+        self.with_devices(all)
+    }
+
+    /// The mappings with those of device memories.
+    fn with_devices(&self, mut all: Vec<Mapping>) -> Vec<Mapping> {
+        for m in self.windows.iter().filter_map(|w| w.mapping()) {
+            let at = all.partition_point(|other| other.gpa < m.gpa);
+            all.insert(at, m);
+        }
         all
     }
 
@@ -156,7 +166,7 @@ impl GuestMemory {
         }
         let from_end = LEGACY_END - gpa;
         (!write && gpa >= ROM_ALIAS_START && from_end <= self.rom_bytes)
-            .then(|| self.mapped_bytes() - from_end)
+            .then(|| self.size_bytes + self.rom_bytes - from_end)
     }
 
     /// [`GuestMemory::read_offset`] and [`GuestMemory::write_offset`] with routes.

@@ -161,3 +161,76 @@ fn roms_that_cannot_be() {
     assert!(m.read_offset(0xe_0000, 1).is_none(), "a small ROM");
     assert!(m.read_offset(0xf_f000, 1).is_some());
 }
+
+fn with_devices(rom: Vec<u8>) -> Arc<GuestMemory> {
+    let layout = Layout {
+        ram_bytes: 4 << 20,
+        rom,
+        has_video_window: true,
+        device_bytes: vec![PAGE_SIZE, 1 << 20],
+    };
+    Arc::new(GuestMemory::with_layout(&layout).unwrap())
+}
+
+#[test]
+fn video_window_is_not_ram_and_what_surrounds_it_keeps_its_offsets() {
+    let m = with_devices(Vec::new());
+    assert_eq!(m.ram_offset(0x9_ffff, 1), Some(0x9_ffff));
+    assert_eq!(m.ram_offset(0x9_ffff, 2), None);
+    assert_eq!(m.ram_offset(0xa_0000, 1), None);
+    assert_eq!(m.ram_offset(0xb_ffff, 1), None);
+    assert_eq!(m.ram_offset(0xc_0000, 1), Some(0xc_0000));
+    assert_eq!((m.regions().len(), m.mappings().len()), (2, 2));
+    assert_eq!((m.size_bytes(), m.low_ram_end()), (4 << 20, 4 << 20));
+    assert_eq!(m.mapped_bytes(), (5 << 20) + PAGE_SIZE);
+}
+
+#[test]
+fn device_memory_is_seen_where_it_is_placed_and_engines_hear_of_it() {
+    for rom in [Vec::new(), vec![0x90; 4096]] {
+        let m = with_devices(rom);
+        let plain = m.mappings();
+        let heard: Arc<Mutex<Vec<_>>> = Arc::default();
+        m.set_code_listener(Box::new(Heard(Arc::clone(&heard))));
+        let d = m.device_memory(1).unwrap();
+        assert!(m.device_memory(2).is_none() && d.gpa().is_none());
+        d.write(0x1000, b"pixels");
+        let mut seen = [0; 6];
+        assert!(m.read(0xc000_1000, &mut seen).is_err());
+        d.place(Some(0xc000_0000));
+        d.place(Some(0xc000_0000));
+        assert_eq!(*heard.lock().unwrap(), [(0xc000_0000, 0xc00f_f000)]);
+        m.read(0xc000_1000, &mut seen).unwrap();
+        assert_eq!(&seen, b"pixels");
+        m.write(0xc010_0000 - 2, b"xy").unwrap();
+        assert!(m.write(0xc010_0000 - 1, b"xy").is_err());
+        let offset = m.ram_offset(0xc000_0000, 1).unwrap();
+        assert_eq!(m.gpa_of_offset(offset + 5), Some(0xc000_0005));
+        assert_eq!(m.mappings().len(), plain.len() + 1);
+        assert!(m.mappings().is_sorted_by_key(|m| m.gpa));
+        d.place(Some(0xd000_0000));
+        assert!(m.ram_offset(0xc000_0000, 1).is_none());
+        d.read(d.size_bytes() - 2, &mut seen);
+        assert_eq!(&seen, b"xy\0\0\0\0");
+        m.discard_all().unwrap();
+        d.read(d.size_bytes() - 2, &mut seen);
+        assert_eq!(seen, [0; 6]);
+        // Not page-aligned, and one that wraps: seen nowhere.
+        d.place(Some(0xd000_0001));
+        assert_eq!(d.gpa(), None);
+        d.place(Some(u64::MAX - 0xfff));
+        assert_eq!(m.mappings(), plain);
+    }
+}
+
+#[test]
+fn device_writes_are_logged() {
+    let m = with_devices(Vec::new());
+    let d = m.device_memory(1).unwrap();
+    m.start_dirty_log();
+    d.write(0x2000, &[1]);
+    let page = (m.size_bytes() + PAGE_SIZE + 0x2000) / PAGE_SIZE;
+    let log = m.take_dirty_log();
+    assert_eq!(log[(page / 64) as usize], 1 << (page % 64));
+    assert!(m.write_at_offset(m.mapped_bytes() - 1, &[1, 2]).is_err());
+}

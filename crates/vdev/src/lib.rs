@@ -24,4 +24,4 @@ pub use clock::{DeviceTimer, TimedDevice, Timer, TimerTarget, VmClock};
 pub use irq::{IntrSink, IrqLine, IrqSink, MsiMessage, MsiRoute, MsiSink};
 pub use lifecycle::Lifecycle;
 pub use machine::MachineEvents;
-pub use pci::{BarKind, ConfigSpace, Dma, PciFunction, PciIds, PciInterrupts};
+pub use pci::{BarKind, BarMemory, ConfigSpace, Dma, PciFunction, PciIds, PciInterrupts};

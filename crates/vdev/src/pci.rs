@@ -34,7 +34,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use config::{ConfigSpace, MsixLayout, PciIds, cap, reg};
+pub use config::{ConfigSpace, EXPANSION_ROM, MsixLayout, PciIds, cap, reg};
 pub use interrupts::PciInterrupts;
 pub use state::ConfigSaved;
 
@@ -63,7 +63,7 @@ pub trait PciFunction: Send {
     fn config_read(&mut self, offset: u16) -> u32;
     /// Writes configuration space: `data` is 1, 2 or 4 bytes inside one aligned double word.
     fn config_write(&mut self, offset: u16, data: &[u8]);
-    /// Size and kind of BAR `index` (0-5); `None` = not implemented. Constant.
+    /// Size and kind of BAR `index` (0-5, or [`EXPANSION_ROM`]); `None` = not implemented. Constant.
     fn bar(&self, index: u8) -> Option<(BarKind, u64)>;
     /// Where BAR `index` decodes now; `None` while its decoding is disabled in the command
     /// register. The root complex asks after each configuration write and reset.
@@ -76,6 +76,19 @@ pub trait PciFunction: Send {
     fn doorbells(&self) -> Vec<Doorbell> {
         Vec::new()
     }
+    /// What the guest reaches in place of [`PciFunction::bar_read`] and
+    /// [`PciFunction::bar_write`] where BAR `index` decodes: a memory of the device. Constant.
+    fn bar_memory(&self, index: u8) -> Option<Arc<dyn BarMemory>> {
+        let _ = index;
+        None
+    }
+}
+
+/// A memory behind a BAR, which the guest reaches without a call of the device.
+pub trait BarMemory: Send + Sync {
+    /// The BAR decodes at `gpa` now, or (`None`) nowhere. Called with the root complex locked,
+    /// only when that changes.
+    fn place(&self, gpa: Option<u64>);
 }
 
 /// A place in a memory BAR where a store only has to signal an event descriptor.

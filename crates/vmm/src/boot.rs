@@ -169,6 +169,8 @@ pub struct BootImage {
     pub modules: Vec<(BootFile, String)>,
     /// Kernel command line.
     pub cmdline: String,
+    /// There is a VGA in text mode 3.
+    pub has_text_screen: bool,
 }
 
 /// What kind of kernel a file holds.
@@ -297,7 +299,7 @@ pub fn firmware_registers(s: &mut CpuState, cpuid: &pyrite_engine::CpuidTable, b
 
 /// End of RAM below the PCI hole.
 pub(crate) fn low_ram_end(memory: &GuestMemory) -> u64 {
-    memory.size_bytes().min(pyrite_mem::LOW_RAM_END)
+    memory.low_ram_end()
 }
 
 /// Writes to guest memory; a failure is about `input`.

@@ -8,7 +8,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use pyrite_api::v1::{DiskFormat, DiskSpec, SpecError, VmSpec};
+use pyrite_api::v1::{DiskFormat, DiskSpec, SpecError, VgaKind, VmSpec};
 
 use crate::boot::{BootError, BootFile, BootImage, BootInput, KernelFormat};
 
@@ -31,6 +31,11 @@ pub fn check(spec: &VmSpec, with_boot: bool) -> Vec<SpecError> {
     }
     if let Some(path) = &spec.vsock {
         errors.extend(check_vsock(path).err());
+    }
+    if spec.screen.vga != VgaKind::None
+        && let Err(problem) = crate::machine::check_video_bios(&spec.screen)
+    {
+        errors.push(SpecError::new("screen.vga_rom", problem));
     }
     for (field, path) in [("serial2", &spec.serial2), ("debugcon", &spec.debugcon)] {
         if let Some(path) = path
@@ -83,6 +88,7 @@ pub(crate) fn open_boot(spec: &VmSpec) -> Result<BootImage, Vec<BootError>> {
             initrd: initrd.flatten(),
             modules,
             cmdline: spec.boot.append.clone(),
+            has_text_screen: spec.screen.vga == VgaKind::Std,
         }),
         _ => Err(errors),
     }

@@ -3,6 +3,7 @@
 //! - [`board`]: the guest-visible layout.
 //! - [`boot`]: what is in memory and registers when the guest begins.
 //! - [`inputs`]: looks at the files of a specification before anything starts.
+//! - [`display`]: the screen and input for people and programs outside.
 //! - [`engines`]: which engine, and what CPUID says.
 //! - [`output`]: files that take what the guest writes to serial ports.
 //! - [`machine`]: memory, chipset, devices and engine, put together.
@@ -13,13 +14,14 @@
 //! # Threads
 //!
 //! The state driver (the process's first thread), one thread per vCPU (`vcpu0` …), `timers`,
-//! `control`, `console-in`, `console-out`, on KVM one per virtio device that waits for its doorbells
+//! `control`, `console-in`, `console-out`, `input`, on KVM one per virtio device that waits for its doorbells
 //! (`bell-blk0` …), and those of back ends. Everything that changes the
 //! state of the VM goes through the driver's queue.
 #![deny(unsafe_code)]
 
 pub mod board;
 pub mod boot;
+pub mod display;
 pub mod engines;
 pub mod inputs;
 pub mod machine;

@@ -13,6 +13,7 @@ use pyrite_api::v1::{
 };
 use pyrite_devices::acpi_pm::AcpiPm;
 use pyrite_devices::chipset::{Chipset, ChipsetConfig};
+use pyrite_devices::display::vga::Vga;
 use pyrite_devices::uart::{NoSerial, SerialBackend};
 use pyrite_disk::image::References;
 use pyrite_disk::open::{OpenOptions, open};
@@ -32,14 +33,19 @@ use pyrite_virtio::{
     Rng, VirtioDevice, VirtioPciDevice, Vsock, VsockConfig,
 };
 
+use crate::display::Screen;
+use crate::display::input::Input;
 use crate::engines::Engine;
 use crate::output::OutputFile;
 use crate::run::console::Console;
 
 #[cfg(test)]
 mod doorbell_tests;
+mod screen;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use screen::{check_video_bios, memory_layout};
 
 /// How long a flush of the disks may take.
 const FLUSH_WITHIN: Duration = Duration::from_secs(60);
@@ -96,6 +102,10 @@ pub struct Machine {
     pub console: Console,
     /// The balloon, if the VM has one.
     pub balloon: Option<BalloonControl>,
+    /// The screen, if the VM has one, and its VGA.
+    pub screen: Option<(Arc<Screen>, Arc<Mutex<Vga>>)>,
+    /// Keyboard and mouse.
+    pub input: Input,
     /// Number of vCPUs.
     pub vcpus: u32,
 }
@@ -206,7 +216,7 @@ impl Machine {
         console: Console,
         events: Arc<dyn MachineEvents>,
     ) -> Result<Machine, AssemblyError> {
-        let memory = GuestMemory::new(spec.memory_bytes)
+        let memory = GuestMemory::with_layout(&memory_layout(spec))
             .map_err(|e| AssemblyError::Host(anyhow::Error::new(e)))?;
         let memory = Arc::new(memory);
         let clock: Arc<VmClock> = Arc::default();
@@ -241,6 +251,8 @@ impl Machine {
             units: &mut units,
         };
         let (balloon, image_disks) = plug_devices(spec, &console, &mut slots)?;
+        let screen = screen::plug(spec, &mut slots)?;
+        let input = Input::new(&chipset.i8042).map_err(|e| host("input")(e.into()))?;
         units.extend(pci_host);
 
         let acpi_pm = Arc::clone(&chipset.pm);
@@ -275,6 +287,8 @@ impl Machine {
             cpuid,
             console,
             balloon,
+            screen,
+            input,
             vcpus: spec.cpus,
         })
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use pyrite_api::control::{self, Ending, Event as Notice, Hello, Message, PROTOCOL};
-use pyrite_api::v1::{ConsoleKind, SpecError, VmSpec};
+use pyrite_api::v1::{ConsoleKind, ScreenSpec, SpecError, VmSpec};
 
 use crate::engines::{self, Engine};
 use crate::machine::{AssemblyError, Machine};
@@ -75,6 +75,10 @@ fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
     }
     // A grant is given by who runs the VM, not by a file.
     net.host_loopback = now.net.host_loopback;
+    let screen = ScreenSpec {
+        vnc: now.screen.vnc.clone(),
+        ..saved.screen.clone()
+    };
     VmSpec {
         engine: now.engine,
         reset: now.reset,
@@ -85,6 +89,7 @@ fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
         serial2: now.serial2.clone(),
         debugcon: now.debugcon.clone(),
         net,
+        screen,
         ..saved
     }
 }

@@ -18,9 +18,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use pyrite_api::control::{
-    self, Command, Ending, Event as Notice, Message, Outcome, Request, Tree,
+    self, Command, Ending, Event as Notice, MAX_STROKES, MAX_TEXT_CHARS, Message, Outcome, Request,
+    Stroke, Tree,
 };
-use pyrite_api::v1::{ResetPolicy, SNAPSHOT_FORMAT, SnapshotManifest, SpecError, VmSpec};
+use pyrite_api::v1::{
+    ResetPolicy, SNAPSHOT_FORMAT, ScreenSpec, SnapshotManifest, SpecError, VmSpec,
+};
 use pyrite_engine::{StopReason, saved};
 use pyrite_state::Inspect;
 use pyrite_vdev::MachineEvents;
@@ -28,6 +31,7 @@ use pyrite_vdev::bus::lock;
 use pyrite_x86::CpuState;
 
 use crate::boot::BootImage;
+use crate::display::input::Input;
 use crate::machine::Machine;
 use crate::snapshot;
 
@@ -447,6 +451,8 @@ impl Running {
                 Ok(Outcome::Done)
             }
             Command::Balloon { bytes } => self.balloon(bytes).map(|()| Outcome::Done),
+            Command::Screenshot { path } => self.screenshot(&path).map(|()| Outcome::Done),
+            Command::Keys { strokes } => self.keys(&strokes).map(|()| Outcome::Done),
             Command::Inspect { path } => match self.inspect().at(&path) {
                 Some(t) => Ok(Outcome::Tree(tree(t))),
                 None => Ok(Outcome::Failed(format!("there is no {path}"))),
@@ -481,6 +487,37 @@ impl Running {
         Ok(())
     }
 
+    /// Writes what the screen shows to a file.
+    fn screenshot(&self, path: &std::path::Path) -> Result<()> {
+        let Some((screen, _)) = &self.d.machine.screen else {
+            bail!("this VM has no screen; start it with --vga std");
+        };
+        let png = screen.screenshot()?;
+        std::fs::write(path, png).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Types on the guest's keyboard.
+    fn keys(&self, strokes: &[Stroke]) -> Result<()> {
+        if strokes.len() > MAX_STROKES {
+            bail!("{} strokes; at most {MAX_STROKES}", strokes.len());
+        }
+        let mut events = Vec::new();
+        for s in strokes {
+            let more = match s {
+                Stroke::Text(t) if t.chars().count() > MAX_TEXT_CHARS => {
+                    bail!("a text of more than {MAX_TEXT_CHARS} characters; type it in parts")
+                }
+                Stroke::Text(t) => Input::text(t),
+                Stroke::Chord(keys) => Input::chord(keys),
+            };
+            events.extend(more.map_err(anyhow::Error::msg)?);
+        }
+        if !self.d.machine.input.send(&events) {
+            bail!("the guest has not yet taken what was typed before; try again later");
+        }
+        Ok(())
+    }
+
     /// Lets everything run.
     fn run(&mut self) {
         if self.running {
@@ -491,6 +528,7 @@ impl Running {
         }
         self.d.machine.console.release(false);
         self.d.machine.console.pause(false);
+        self.d.machine.input.pause(false);
         self.d.machine.clock.start();
         self.vcpus.run();
         self.running = true;
@@ -514,6 +552,7 @@ impl Running {
         self.stop_vcpus()?;
         self.d.machine.clock.stop();
         self.d.machine.console.pause(true);
+        self.d.machine.input.pause(true);
         for unit in &self.d.machine.units {
             lock(unit).pause();
         }
@@ -560,16 +599,16 @@ impl Running {
         for unit in &m.units {
             lock(unit).reset();
         }
-        for r in m.memory.regions() {
-            m.memory
-                .discard(r.gpa, r.size_bytes)
-                .map_err(|e| failed(&e.into()))?;
-        }
+        m.memory.discard_all().map_err(|e| failed(&e.into()))?;
         let mut first = image
             .load(&m.memory, m.vcpus)
             .map_err(|e| Ending::BadInput {
                 errors: vec![crate::inputs::spec_error(&e)],
             })?;
+        m.input.clear();
+        if let Some((_, vga)) = &m.screen {
+            lock(vga).set_text_mode();
+        }
         m.chipset.pci.assign_bars().map_err(|e| failed(&e.into()))?;
         crate::boot::firmware_registers(&mut first, &m.cpuid, true);
         let mut states = vec![Box::new(first)];
@@ -690,12 +729,17 @@ fn portable(spec: &VmSpec) -> Result<VmSpec> {
         paused: false,
         serial2: None,
         debugcon: None,
+        screen: ScreenSpec {
+            vnc: None,
+            ..spec.screen.clone()
+        },
         ..spec.clone()
     };
     let boot = &mut s.boot;
     let files = [&mut boot.kernel].into_iter().chain(&mut boot.initrd);
     let files = files.chain(boot.modules.iter_mut().map(|m| &mut m.path));
     let files = files.chain(s.disks.iter_mut().map(|d| &mut d.path));
+    let files = files.chain(&mut s.screen.vga_rom);
     for path in files.chain(&mut s.vsock) {
         if !path.as_os_str().is_empty() {
             *path = std::path::absolute(&path).context("the working directory")?;

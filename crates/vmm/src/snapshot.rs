@@ -3,7 +3,7 @@
 //! ```text
 //! manifest.json  what the VM is; written last, so a directory without it is incomplete
 //! state          sections of all units and vCPUs, see [`container`]
-//! memory         RAM by RAM offset, sparse
+//! memory         RAM, ROM and memories of devices by offset, sparse
 //! ```
 //!
 //! Disks are not part of it: a snapshot goes with the disks as they were.
@@ -50,9 +50,10 @@ impl Manifest {
             return Err(format!("board version {} is unknown", m.board));
         }
         let memory = fs::metadata(dir.join(MEMORY)).map_err(|e| format!("its memory: {e}"))?;
-        if memory.len() != m.spec.memory_bytes {
+        // ROM and memories of devices follow the RAM.
+        if memory.len() < m.spec.memory_bytes {
             return Err(format!(
-                "its memory file has {} bytes instead of {}",
+                "its memory file has {} bytes instead of at least {}",
                 memory.len(),
                 m.spec.memory_bytes
             ));
@@ -144,7 +145,7 @@ fn write_files(
     state.sync_all().context("cannot write the state")?;
 
     let out = File::create_new(dir.join(MEMORY)).context("cannot make the memory file")?;
-    out.set_len(memory.size_bytes())
+    out.set_len(memory.mapped_bytes())
         .context("cannot size the memory file")?;
     let mut crc = 0;
     let ram = memory
@@ -153,18 +154,16 @@ fn write_files(
         .context("cannot read guest memory")?;
     let ram = File::from(ram);
     let mut piece = vec![0; PIECE];
-    for r in memory.regions() {
-        for at in (0..r.size_bytes).step_by(PIECE) {
-            let n = (r.size_bytes - at).min(PIECE as u64) as usize;
-            let part = piece.get_mut(..n).unwrap_or_default();
-            // Through the file: reading what the guest never touched takes no memory.
-            ram.read_exact_at(part, r.ram_offset + at)
-                .context("cannot read guest memory")?;
-            if part.iter().any(|b| *b != 0) {
-                out.write_all_at(part, r.ram_offset + at)
-                    .context("cannot write the memory")?;
-                crc = add_piece(crc, part, r.ram_offset + at);
-            }
+    for at in (0..memory.mapped_bytes()).step_by(PIECE) {
+        let n = (memory.mapped_bytes() - at).min(PIECE as u64) as usize;
+        let part = piece.get_mut(..n).unwrap_or_default();
+        // Through the file: reading what the guest never touched takes no memory.
+        ram.read_exact_at(part, at)
+            .context("cannot read guest memory")?;
+        if part.iter().any(|b| *b != 0) {
+            out.write_all_at(part, at)
+                .context("cannot write the memory")?;
+            crc = add_piece(crc, part, at);
         }
     }
     out.sync_all().context("cannot write the memory")?;
@@ -207,20 +206,28 @@ pub fn read_sections(dir: &Path, manifest: &Manifest) -> Result<Vec<Section>> {
 /// Fills zeroed memory from a snapshot.
 pub fn read_memory(dir: &Path, manifest: &Manifest, memory: &GuestMemory) -> Result<()> {
     let file = File::open(dir.join(MEMORY)).context("cannot open the memory file")?;
+    let bytes = file
+        .metadata()
+        .context("cannot read the memory file")?
+        .len();
+    if bytes != memory.mapped_bytes() {
+        bail!(
+            "the memory file has {bytes} bytes instead of {}",
+            memory.mapped_bytes()
+        );
+    }
     let mut crc = 0;
     let mut piece = vec![0; PIECE];
-    for r in memory.regions() {
-        for at in (0..r.size_bytes).step_by(PIECE) {
-            let n = (r.size_bytes - at).min(PIECE as u64) as usize;
-            let part = piece.get_mut(..n).unwrap_or_default();
-            file.read_exact_at(part, r.ram_offset + at)
-                .context("cannot read the memory file")?;
-            if part.iter().any(|b| *b != 0) {
-                memory
-                    .write(r.gpa + at, part)
-                    .context("cannot write guest memory")?;
-                crc = add_piece(crc, part, r.ram_offset + at);
-            }
+    for at in (0..memory.mapped_bytes()).step_by(PIECE) {
+        let n = (memory.mapped_bytes() - at).min(PIECE as u64) as usize;
+        let part = piece.get_mut(..n).unwrap_or_default();
+        file.read_exact_at(part, at)
+            .context("cannot read the memory file")?;
+        if part.iter().any(|b| *b != 0) {
+            memory
+                .write_at_offset(at, part)
+                .context("cannot write guest memory")?;
+            crc = add_piece(crc, part, at);
         }
     }
     if crc != manifest.0.memory_crc {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use pyrite_vdev::bus::lock;
-use pyrite_vdev::pci::{DoorbellAt, reg};
-use pyrite_vdev::{AddressDecoder, BarKind, PciFunction};
+use pyrite_vdev::pci::{DoorbellAt, EXPANSION_ROM, reg};
+use pyrite_vdev::{AddressDecoder, BarKind, BarMemory, PciFunction};
 
 use super::{
     PciHost, ToldDoorbells, WINDOW_IO_BYTES, WINDOW_IO_START, WINDOW32_BYTES, WINDOW32_START,
@@ -15,22 +15,30 @@ use super::{
 /// A function in its slot, and where it was found to decode.
 pub(super) struct Function {
     pub device: Arc<Mutex<dyn PciFunction>>,
-    bars: [Option<(BarKind, u64)>; 6],
-    at: [Option<u64>; 6],
+    bars: [Option<(BarKind, u64)>; BARS],
+    at: [Option<u64>; BARS],
     pub doorbells: ToldDoorbells,
+    /// Memories behind BARs, and where they were last told that they are.
+    memories: Vec<(u8, Arc<dyn BarMemory>, Option<u64>)>,
 }
+
+/// Base address registers of a function, with the one of the expansion ROM.
+const BARS: usize = EXPANSION_ROM as usize + 1;
 
 impl Function {
     pub(super) fn new(device: Arc<Mutex<dyn PciFunction>>) -> Function {
-        let bars = {
+        let (bars, memories) = {
             let d = lock(&device);
-            std::array::from_fn(|n| d.bar(n as u8))
+            let memory = |n| d.bar_memory(n).map(|m| (n, m, None));
+            let memories = (0..BARS as u8).filter_map(memory).collect();
+            (std::array::from_fn(|n| d.bar(n as u8)), memories)
         };
         let mut f = Function {
             device,
             bars,
-            at: [None; 6],
+            at: [None; BARS],
             doorbells: Vec::new(),
+            memories,
         };
         f.query();
         f
@@ -49,6 +57,22 @@ impl Function {
             .iter()
             .enumerate()
             .filter_map(|(n, at)| Some((n, (*at)?)))
+    }
+
+    /// True if `table` decodes a memory behind a BAR elsewhere than it was last told.
+    pub(super) fn memories_move(&self, table: &DecodeTable, devfn: u8) -> bool {
+        (self.memories.iter()).any(|(bar, _, told)| table.start_of(devfn, *bar) != *told)
+    }
+
+    /// Tells the memories behind BARs where `table` decodes them.
+    pub(super) fn place_memories(&mut self, table: &DecodeTable, devfn: u8) {
+        for (bar, memory, told) in &mut self.memories {
+            let now = table.start_of(devfn, *bar);
+            if now != *told {
+                memory.place(now);
+                *told = now;
+            }
+        }
     }
 
     /// The doorbells whose BAR `table` decodes.
@@ -105,7 +129,7 @@ impl DecodeTable {
     ) -> DecodeTable {
         let mut entries: Vec<Entry> = Vec::new();
         for (devfn, f) in functions {
-            for bar in 0..6u8 {
+            for bar in 0..BARS as u8 {
                 let n = usize::from(bar);
                 let (Some((kind, size)), Some(start)) = (f.bars[n], f.at[n]) else {
                     continue;
@@ -139,6 +163,12 @@ impl DecodeTable {
             }
         }
         DecodeTable { entries }
+    }
+
+    /// Where a BAR decodes.
+    fn start_of(&self, devfn: u8, bar: u8) -> Option<u64> {
+        let at = |e: &&Entry| e.devfn == devfn && e.bar == bar;
+        self.entries.iter().find(at).map(|e| e.start)
     }
 
     fn find(&self, addr: u64) -> Option<&Entry> {
@@ -259,7 +289,10 @@ pub(super) fn assign(functions: &BTreeMap<u8, Function>) -> Result<(), BarSpaceE
         let Some(f) = functions.get(&devfn) else {
             continue;
         };
-        let offset = reg::BAR0 + 4 * u16::from(bar);
+        let offset = match bar {
+            EXPANSION_ROM => reg::EXPANSION_ROM,
+            _ => reg::BAR0 + 4 * u16::from(bar),
+        };
         let mut device = lock(&f.device);
         device.config_write(offset, &(start as u32).to_le_bytes());
         if matches!(kind, BarKind::Mem64 | BarKind::Mem64Prefetch) {

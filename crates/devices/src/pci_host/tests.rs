@@ -1,6 +1,6 @@
 use super::*;
-use pyrite_vdev::pci::Doorbell;
-use pyrite_vdev::{AddressDecoder, Bus, IrqSink, MmioDevice, PioDevice};
+use pyrite_vdev::pci::{Doorbell, reg};
+use pyrite_vdev::{AddressDecoder, BarMemory, Bus, IrqSink, MmioDevice, PioDevice};
 
 struct NoIrq;
 impl IrqSink for NoIrq {
@@ -11,6 +11,16 @@ impl IrqSink for NoIrq {
 struct Scratch {
     config: ConfigSpace,
     cells: [u8; 64],
+    placed: Arc<Placed>,
+}
+
+/// Where the memory of BAR 2 was told that it is.
+#[derive(Default)]
+struct Placed(Mutex<Vec<Option<u64>>>);
+impl BarMemory for Placed {
+    fn place(&self, gpa: Option<u64>) {
+        lock(&self.0).push(gpa);
+    }
 }
 impl Scratch {
     fn plug(host: &PciHost, slot: u8, function: u8) -> Arc<Mutex<Scratch>> {
@@ -24,10 +34,12 @@ impl Scratch {
         config.add_bar(0, BarKind::Mem64, bar0);
         config.add_bar(2, BarKind::Mem32, 0x2000);
         config.add_bar(3, BarKind::Io, 0x40);
+        config.add_rom(0x800);
         config.set_intx(function & 3, host.intx_line(slot, function & 3).unwrap());
         let s = Arc::new(Mutex::new(Scratch {
             config,
             cells: [0; 64],
+            placed: Arc::default(),
         }));
         host.plug(slot, function, s.clone()).unwrap();
         s
@@ -55,6 +67,9 @@ impl PciFunction for Scratch {
         for (n, b) in (offset as usize..).zip(data) {
             self.cells[n % 64] = *b;
         }
+    }
+    fn bar_memory(&self, index: u8) -> Option<Arc<dyn BarMemory>> {
+        (index == 2).then(|| Arc::<Placed>::clone(&self.placed) as Arc<dyn BarMemory>)
     }
     fn doorbells(&self) -> Vec<Doorbell> {
         vec![Doorbell {
@@ -224,4 +239,49 @@ fn host_save_restore_and_reset() {
     assert_eq!(unit.save().unwrap(), fresh);
     unit.restore(&saved).unwrap();
     assert_eq!(unit.save().unwrap(), saved);
+}
+
+#[test]
+fn memory_behind_a_bar_hears_where_it_decodes() {
+    let r = rig();
+    let s = Scratch::plug(&r.host, 3, 0);
+    let other = Scratch::plug(&r.host, 4, 0);
+    let heard = |s: &Arc<Mutex<Scratch>>| std::mem::take(&mut *lock(&lock(s).placed.0));
+    r.host.assign_bars().unwrap();
+    let at = |r: &Rig, slot: u32| u64::from(r.read32(slot << 3, 0x18) & !0xf);
+    let (here, there) = (at(&r, 3), at(&r, 4));
+    assert_eq!(
+        (heard(&s), heard(&other)),
+        (vec![Some(here)], vec![Some(there)])
+    );
+    // On the place of the other, which comes after it: the other one loses.
+    r.host
+        .config_write(0, 3 << 3, 0x18, &(there as u32).to_le_bytes());
+    assert_eq!(heard(&s).last(), Some(&Some(there)));
+    assert_eq!(heard(&other), [None]);
+    r.host.config_write(0, 3 << 3, reg::COMMAND, &[0, 0]);
+    assert_eq!((heard(&s), heard(&other)), (vec![None], vec![Some(there)]));
+}
+
+#[test]
+fn expansion_rom_decodes_when_it_is_enabled() {
+    let r = rig();
+    let s = Scratch::plug(&r.host, 3, 0);
+    r.host.assign_bars().unwrap();
+    lock(&s).cells = [0x5a; 64];
+    let rom = r.read32(3 << 3, 0x30);
+    assert_eq!(rom & 0x7ff, 0, "assigned and disabled");
+    let read = |at: u32| {
+        let mut b = [0];
+        r.memory.read(u64::from(at), &mut b);
+        b[0]
+    };
+    assert_eq!(read(rom), 0xff);
+    r.host
+        .config_write(0, 3 << 3, 0x30, &(rom | 1).to_le_bytes());
+    assert_eq!((read(rom), read(rom + 0x7ff)), (0x5a, 0x5a));
+    // Sizing.
+    r.host
+        .config_write(0, 3 << 3, 0x30, &0xffff_fffeu32.to_le_bytes());
+    assert_eq!(r.read32(3 << 3, 0x30), 0xffff_f800);
 }

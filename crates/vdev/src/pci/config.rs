@@ -23,6 +23,7 @@ pub mod reg {
     pub const BAR0: u16 = 0x10;
     pub const SUBSYSTEM_VENDOR_ID: u16 = 0x2c;
     pub const SUBSYSTEM_ID: u16 = 0x2e;
+    pub const EXPANSION_ROM: u16 = 0x30;
     pub const CAPABILITIES_POINTER: u16 = 0x34;
     pub const INTERRUPT_LINE: u16 = 0x3c;
     pub const INTERRUPT_PIN: u16 = 0x3d;
@@ -51,6 +52,11 @@ pub mod cap {
 const CONFIG_BYTES: usize = 256;
 /// First byte that a capability may use.
 const FIRST_CAPABILITY: usize = 0x40;
+
+/// Index of the expansion ROM's register among the BARs, for [`super::PciFunction::bar`].
+pub const EXPANSION_ROM: u8 = 6;
+/// The ROM decodes.
+const ROM_ENABLE: u32 = 1 << 0;
 
 const MSI_ENABLE: u16 = 1 << 0;
 const MSI_64BIT: u16 = 1 << 7;
@@ -100,6 +106,7 @@ pub struct ConfigSpace {
     /// Bits that the guest can write.
     writable: [u8; CONFIG_BYTES],
     bars: [Option<(BarKind, u64)>; 6],
+    rom_bytes: Option<u64>,
     last_capability: Option<usize>,
     next_free: usize,
     msi: Option<usize>,
@@ -116,6 +123,7 @@ impl ConfigSpace {
             reset: [0; CONFIG_BYTES],
             writable: [0; CONFIG_BYTES],
             bars: [None; 6],
+            rom_bytes: None,
             last_capability: None,
             next_free: FIRST_CAPABILITY,
             msi: None,
@@ -207,6 +215,18 @@ impl ConfigSpace {
         } else {
             self.allow(offset, &(mask as u32).to_le_bytes());
         }
+    }
+
+    /// Adds the expansion ROM base address register for a ROM of `size` bytes: a power of two from
+    /// 2 KiB to 16 MiB. It is BAR [`EXPANSION_ROM`]. §6.2.5.2.
+    pub fn add_rom(&mut self, size: u64) {
+        assert!(
+            size.is_power_of_two() && (2048..=16 << 20).contains(&size),
+            "ROM size {size:#x}"
+        );
+        self.rom_bytes = Some(size);
+        let mask = !(size - 1) as u32 | ROM_ENABLE;
+        self.allow(reg::EXPANSION_ROM, &mask.to_le_bytes());
     }
 
     /// Adds a capability. `body` starts after the id and next bytes; `writable` masks the bits of
@@ -372,6 +392,9 @@ impl ConfigSpace {
 
     /// Kind and size of a BAR ([`super::PciFunction::bar`]).
     pub fn bar(&self, index: u8) -> Option<(BarKind, u64)> {
+        if index == EXPANSION_ROM {
+            return self.rom_bytes.map(|size| (BarKind::Mem32, size));
+        }
         *self.bars.get(usize::from(index))?
     }
 
@@ -379,6 +402,11 @@ impl ConfigSpace {
     pub fn bar_address(&self, index: u8) -> Option<u64> {
         let (kind, _) = self.bar(index)?;
         let command = self.word(reg::COMMAND);
+        if index == EXPANSION_ROM {
+            let v = self.dword(reg::EXPANSION_ROM);
+            let decodes = command & reg::COMMAND_MEMORY != 0 && v & ROM_ENABLE != 0;
+            return decodes.then(|| u64::from(v & !0x7ff));
+        }
         let offset = reg::BAR0 + 4 * u16::from(index);
         let low = self.dword(offset);
         match kind {
@@ -493,7 +521,7 @@ impl ConfigSpace {
     /// What a person may see.
     pub fn inspect(&self) -> Inspect {
         let s = lock(&self.interrupts.shared.state);
-        let bars = (0..6u8)
+        let bars = (0..=EXPANSION_ROM)
             .filter(|i| self.bar(*i).is_some())
             .map(|i| {
                 let at = match self.bar_address(i) {

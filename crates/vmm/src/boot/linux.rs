@@ -9,6 +9,8 @@ use super::{BootError, BootImage, BootInput, e820, entry, load_initrd, write, wr
 use crate::board::low;
 
 // Offsets in the setup header and in boot_params, which share them.
+const SCREEN_MODE: u64 = 0x006;
+const SCREEN_LINES: u64 = 0x00e;
 const SETUP_SECTS: u64 = 0x1f1;
 const SYSSIZE: u64 = 0x1f4;
 const BOOT_FLAG: u64 = 0x1fe;
@@ -185,6 +187,11 @@ impl ZeroPage {
         cmdline_limit: u64,
     ) -> Result<(), BootError> {
         write_cmdline(memory, &image.cmdline, cmdline_limit)?;
+        if image.has_text_screen {
+            // screen_info: cursor at 0, 0; page, mode, columns; lines, VGA, lines of a character.
+            self.put(SCREEN_MODE, &[3, 80]);
+            self.put(SCREEN_LINES, &[25, 1, 16, 0]);
+        }
         self.put(TYPE_OF_LOADER, &[LOADER_UNDEFINED]);
         self.put32(CMD_LINE_PTR, low::CMDLINE as u32);
         self.put32(RAMDISK_IMAGE, initrd.0 as u32);

@@ -27,11 +27,10 @@ pub(super) fn write_tables(memory: &GuestMemory, vcpus: u32) -> Result<u64, Boot
     write(memory, low::ACPI, &tables, BootInput::Memory)?;
     let mp = mptable::build(low::MP_TABLE, vcpus);
     write(memory, low::MP_TABLE, &mp, BootInput::Memory)?;
-    let ram: Vec<(u64, u64)> = memory
-        .regions()
-        .iter()
-        .map(|r| (r.gpa, r.size_bytes))
-        .collect();
+    let low_end = super::low_ram_end(memory);
+    let high = (pyrite_mem::HIGH_RAM_START, memory.size_bytes() - low_end);
+    let mut ram = vec![(0, low_end)];
+    ram.extend((high.1 > 0).then_some(high));
     let smbios = smbios::build(low::SMBIOS, &smbios::Facts { vcpus, ram: &ram });
     write(memory, low::SMBIOS, &smbios, BootInput::Memory)?;
     Ok(low::ACPI)

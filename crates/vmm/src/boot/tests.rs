@@ -42,6 +42,7 @@ fn image(dir: &Dir, kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> Boot
         initrd: initrd.map(|b| BootFile::open(BootInput::Initrd, &dir.file("initrd", b)).unwrap()),
         modules: Vec::new(),
         cmdline: cmdline.into(),
+        has_text_screen: false,
     }
 }
 
