@@ -86,6 +86,11 @@ pub fn cache_dir() -> PathBuf {
 
 /// The guest of `kernel`, made once and kept.
 pub fn guest(kernel: KernelPackage) -> Result<Guest, Reason> {
+    guest_with(kernel, "", &[])
+}
+
+/// The guest of `kernel` with more modules; `what` names them in the cache.
+pub fn guest_with(kernel: KernelPackage, what: &str, more: &[&str]) -> Result<Guest, Reason> {
     let _one = FETCHING.lock().unwrap_or_else(PoisonError::into_inner);
     let cache = cache_dir();
     let KernelPackage {
@@ -93,7 +98,7 @@ pub fn guest(kernel: KernelPackage) -> Result<Guest, Reason> {
         arch,
         package,
     } = kernel;
-    let name = format!("{suite}-{arch}-{package}-{RECIPE}");
+    let name = format!("{suite}-{arch}-{package}{what}-{RECIPE}");
     let done = cache.join("guests").join(&name);
     let guest = Guest {
         kernel: done.join("vmlinuz"),
@@ -104,7 +109,7 @@ pub fn guest(kernel: KernelPackage) -> Result<Guest, Reason> {
     }
     let root = cache.join(format!("root-{name}-{}", std::process::id()));
     let new = cache.join(format!("new-{name}-{}", std::process::id()));
-    let made = make(&cache, kernel, &root, &new).and_then(|()| {
+    let made = make(&cache, kernel, more, &root, &new).and_then(|()| {
         fs::create_dir_all(cache.join("guests")).map_err(|e| e.to_string())?;
         // Another process may have been faster.
         match fs::rename(&new, &done) {
@@ -209,7 +214,13 @@ fn filter(program: &str, bytes: &[u8]) -> Result<Vec<u8>, Reason> {
     }
 }
 
-fn make(cache: &Path, kernel: KernelPackage, root: &Path, new: &Path) -> Result<(), Reason> {
+fn make(
+    cache: &Path,
+    kernel: KernelPackage,
+    more: &[&str],
+    root: &Path,
+    new: &Path,
+) -> Result<(), Reason> {
     let apt = Apt::new(cache, kernel.suite, kernel.arch)?;
     let image = apt.image_of(kernel.package)?;
     for package in [&image, "busybox-static"] {
@@ -221,7 +232,7 @@ fn make(cache: &Path, kernel: KernelPackage, root: &Path, new: &Path) -> Result<
     fs::create_dir_all(new).map_err(|e| e.to_string())?;
     let vmlinuz = newest(&root.join("boot"), "vmlinuz-")?;
     fs::copy(vmlinuz, new.join("vmlinuz")).map_err(|e| e.to_string())?;
-    write_initrd(root, &new.join("initrd.img"))
+    write_initrd(root, more, &new.join("initrd.img"))
 }
 
 /// The package client with a root of its own for one suite and architecture.
@@ -358,12 +369,12 @@ fn newest(dir: &Path, start: &str) -> Result<PathBuf, Reason> {
         .ok_or_else(|| format!("{} has no {start}*", dir.display()))
 }
 
-fn write_initrd(root: &Path, out: &Path) -> Result<(), Reason> {
+fn write_initrd(root: &Path, more: &[&str], out: &Path) -> Result<(), Reason> {
     let busybox = ["bin/busybox", "usr/bin/busybox"]
         .iter()
         .find_map(|p| fs::read(root.join(p)).ok())
         .ok_or("the busybox package has no busybox")?;
-    let modules = modules(root)?;
+    let modules = modules(root, more)?;
     write_cpio(out, &busybox, &modules).map_err(|e| format!("{}: {e}", out.display()))
 }
 
@@ -390,8 +401,8 @@ fn write_cpio(out: &Path, busybox: &[u8], modules: &[(String, Vec<u8>)]) -> std:
     cpio.finish().map(drop)
 }
 
-/// The modules of [`MODULES`] that are not built in, after what they depend on.
-fn modules(root: &Path) -> Result<Vec<(String, Vec<u8>)>, Reason> {
+/// The modules of [`MODULES`] and `more` that are not built in, after what they depend on.
+fn modules(root: &Path, more: &[&str]) -> Result<Vec<(String, Vec<u8>)>, Reason> {
     let tree = ["lib/modules", "usr/lib/modules"]
         .iter()
         .find_map(|p| newest(&root.join(p), "").ok())
@@ -399,7 +410,7 @@ fn modules(root: &Path) -> Result<Vec<(String, Vec<u8>)>, Reason> {
     let mut files = HashMap::new();
     collect(&tree, &mut files, 0);
     let mut out = Vec::new();
-    for name in MODULES {
+    for name in MODULES.iter().chain(more) {
         add(name, &files, &mut out, 0)?;
     }
     Ok(out)

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 pub mod fixtures;
 pub mod guest;
+pub mod iso;
 pub mod screen;
 pub mod user_space;
 

@@ -85,6 +85,15 @@ pub enum Command {
         /// `/`-separated; empty for all.
         path: String,
     },
+    /// Changes the medium of a CD drive.
+    Medium {
+        /// Number of the drive, from 0.
+        drive: usize,
+        /// The new medium; none ejects.
+        path: Option<PathBuf>,
+        /// Although the guest has locked the tray.
+        force: bool,
+    },
     /// Writes memory and state to a new directory; the VM then goes on.
     Snapshot {
         /// The directory, which must not exist.

@@ -25,6 +25,10 @@ pub const MIN_MEMORY_BYTES: u64 = 16 << 20;
 pub const MAX_MEMORY_BYTES: u64 = 8 << 40;
 /// LIMIT: disks of a VM: one PCI slot each, with room for the other functions.
 pub const MAX_DISKS: usize = 20;
+/// LIMIT: CD/DVD drives of a VM.
+pub const MAX_CDROMS: usize = 6;
+/// LIMIT: drives on IDE: two channels of two.
+pub const MAX_IDE_DRIVES: usize = 4;
 /// LIMIT: bytes in a disk's serial number. virtio 1.3 §5.2.6.
 pub const MAX_SERIAL_BYTES: usize = 20;
 /// LIMIT: port forwards.
@@ -138,6 +142,19 @@ pub enum DiskFormat {
     Vhdx,
 }
 
+/// How a drive is connected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskBus {
+    /// A virtio block device of its own; not for CDs.
+    #[default]
+    Virtio,
+    /// SATA: a port of an AHCI controller.
+    Ahci,
+    /// Parallel ATA at the ports of a PC; four drives at most.
+    Ide,
+}
+
 /// A disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -156,6 +173,20 @@ pub struct DiskSpec {
     /// Serial number that the guest sees.
     #[serde(default)]
     pub serial: Option<String>,
+    /// How it is connected.
+    #[serde(default)]
+    pub bus: DiskBus,
+}
+
+/// A CD/DVD drive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CdromSpec {
+    /// Image of the medium, raw (ISO 9660); the tray is empty without.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// How it is connected; not virtio.
+    pub bus: DiskBus,
 }
 
 /// A port of the host that leads into the guest.
@@ -212,6 +243,9 @@ pub struct VmSpec {
     /// Disks in PCI order.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
+    /// CD/DVD drives.
+    #[serde(default)]
+    pub cdroms: Vec<CdromSpec>,
     /// Network card.
     #[serde(default)]
     pub net: NetSpec,
@@ -260,6 +294,7 @@ impl Default for VmSpec {
             cpu_model: host_model(),
             boot: BootSpec::default(),
             disks: Vec::new(),
+            cdroms: Vec::new(),
             net: NetSpec::default(),
             console: ConsoleKind::Serial,
             screen: ScreenSpec::default(),
@@ -348,6 +383,7 @@ impl VmSpec {
             bad("time_limit_ms".into(), "must be more than 0".into());
         }
         self.validate_disks(&mut bad);
+        self.validate_cdroms(&mut bad);
         self.validate_net(&mut bad);
         self.screen.validate(&mut bad);
         if let Some(v) = &self.vsock {
@@ -395,6 +431,32 @@ impl VmSpec {
                     "is given twice and not read-only".into(),
                 );
             }
+        }
+    }
+
+    fn validate_cdroms(&self, bad: &mut dyn FnMut(String, String)) {
+        if self.cdroms.len() > MAX_CDROMS {
+            bad(
+                "cdroms".into(),
+                format!("{} CD drives; at most {MAX_CDROMS}", self.cdroms.len()),
+            );
+        }
+        for (n, c) in self.cdroms.iter().enumerate() {
+            if c.path.as_ref().is_some_and(|p| p.as_os_str().is_empty()) {
+                let text = "expected the path of a CD image";
+                bad(format!("cdroms[{n}].path"), text.into());
+            }
+            if c.bus == DiskBus::Virtio {
+                let text = "a CD drive cannot be on virtio; expected ahci or ide";
+                bad(format!("cdroms[{n}].bus"), text.into());
+            }
+        }
+        let buses = self.disks.iter().map(|d| d.bus);
+        let buses = buses.chain(self.cdroms.iter().map(|c| c.bus));
+        let ide = buses.filter(|b| *b == DiskBus::Ide).count();
+        if ide > MAX_IDE_DRIVES {
+            let text = format!("{ide} drives on ide; at most {MAX_IDE_DRIVES}");
+            bad("disks".into(), text);
         }
     }
 

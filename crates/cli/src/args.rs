@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
-    BootSpec, ConsoleKind, DiskFormat, DiskSpec, EngineKind, ForwardSpec, ModuleSpec, NetKind,
-    NetSpec, Protocol, ResetPolicy, SpecError, VmSpec,
+    BootSpec, CdromSpec, ConsoleKind, DiskBus, DiskFormat, DiskSpec, EngineKind, ForwardSpec,
+    ModuleSpec, NetKind, NetSpec, Protocol, ResetPolicy, SpecError, VmSpec,
 };
 use pyrite_disk::Format;
 
@@ -107,6 +107,24 @@ pub enum Ask {
         #[arg(value_name = "SIZE", value_parser = parse_size)]
         bytes: u64,
     },
+    /// Put another CD image into a drive
+    Insert {
+        /// Number of the drive: 0 is the first --cdrom
+        drive: usize,
+        /// CD image (ISO 9660)
+        file: PathBuf,
+        /// Although the guest has locked the tray
+        #[arg(long)]
+        force: bool,
+    },
+    /// Take the CD out of a drive
+    Eject {
+        /// Number of the drive: 0 is the first --cdrom
+        drive: usize,
+        /// Although the guest has locked the tray
+        #[arg(long)]
+        force: bool,
+    },
     /// Stop guest time
     Pause,
     /// Let a paused VM go on
@@ -138,13 +156,20 @@ pub struct RunArgs {
     ///
     /// FILE is raw unless format=FORMAT says otherwise (qcow2, vmdk, vdi, vhd, vhdx); the format
     /// is never guessed. backing=allow lets the image name other files that are then read, such
-    /// as a backing file.
+    /// as a backing file. bus= says how the disk is connected: virtio (the default), ahci or
+    /// ide.
     #[arg(
         long = "disk",
-        value_name = "FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT]",
+        value_name = "FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT][,bus=BUS]",
         value_parser = parse_disk
     )]
     pub disks: Vec<DiskSpec>,
+    /// CD/DVD drive; repeatable
+    ///
+    /// FILE is the image of the medium (ISO 9660), or none for an empty tray; `pyrite ctl` changes
+    /// it. bus= says how the drive is connected: ahci (the default) or ide.
+    #[arg(long = "cdrom", value_name = "FILE[,bus=BUS]", value_parser = parse_cdrom)]
+    pub cdroms: Vec<CdromSpec>,
     /// Network card
     #[arg(long, value_enum, default_value = "user")]
     pub net: NetArg,
@@ -243,6 +268,7 @@ impl RunArgs {
                 modules: modules.collect(),
             },
             disks: self.disks.clone(),
+            cdroms: self.cdroms.clone(),
             net: NetSpec {
                 kind: match self.net {
                     NetArg::User => NetKind::User,
@@ -284,6 +310,7 @@ fn option_of(path: &str) -> &'static str {
         ("engine", _) => "--engine",
         ("cpu_model", _) => "--cpu",
         ("disks", _) => "--disk",
+        ("cdroms", _) => "--cdrom",
         ("net", p) if p.starts_with("net.forwards") => "-p",
         ("net", p) if p.starts_with("net.host_loopback") => "--host-loopback",
         ("net", _) => "--net",
@@ -305,8 +332,8 @@ pub fn describe(error: &SpecError) -> String {
     format!("{}: {}", option_of(&error.path), error.problem)
 }
 
-/// `FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT]`. A comma in the file name is written twice.
-fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+/// `FILE,SETTING,…`. A comma in the file name is written twice.
+fn split_settings(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
@@ -316,11 +343,16 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
             part.push(c);
         }
     }
-    let mut parts = parts.into_iter();
+    parts
+}
+
+/// `FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT][,bus=BUS]`.
+fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+    let mut parts = split_settings(text).into_iter();
     let path = parts
         .next()
         .filter(|p| !p.is_empty())
-        .ok_or("expected FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT]")?;
+        .ok_or("expected FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT][,bus=BUS]")?;
     let mut disk = DiskSpec {
         path: path.into(),
         ..DiskSpec::default()
@@ -331,17 +363,56 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
             None if part == "rw" => disk.read_only = false,
             Some(("serial", s)) => disk.serial = Some(s.to_owned()),
             Some(("format", f)) => disk.format = parse_disk_format(f)?,
+            Some(("bus", b)) => disk.bus = parse_bus(b)?,
             Some(("backing", "allow")) => disk.allow_backing = true,
             Some(("backing", "refuse")) => disk.allow_backing = false,
             _ => {
                 return Err(format!(
-                    "unknown setting {part:?}; expected format=FORMAT, ro, backing=allow or \
-                     serial=TEXT (a comma in the file name is written ,,)"
+                    "unknown setting {part:?}; expected format=FORMAT, ro, backing=allow, \
+                     serial=TEXT or bus=BUS (a comma in the file name is written ,,)"
                 ));
             }
         }
     }
     Ok(disk)
+}
+
+/// `FILE[,bus=BUS]`; `none` is an empty tray.
+fn parse_cdrom(text: &str) -> Result<CdromSpec, String> {
+    let mut parts = split_settings(text).into_iter();
+    let path = parts
+        .next()
+        .filter(|p| !p.is_empty())
+        .ok_or("expected FILE[,bus=BUS], or none for an empty tray")?;
+    let mut cdrom = CdromSpec {
+        path: (path != "none").then(|| path.into()),
+        bus: DiskBus::Ahci,
+    };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("bus", b)) => cdrom.bus = parse_bus(b)?,
+            _ => {
+                return Err(format!(
+                    "unknown setting {part:?}; expected bus=BUS (a comma in the file name is \
+                     written ,,)"
+                ));
+            }
+        }
+    }
+    Ok(cdrom)
+}
+
+fn parse_bus(text: &str) -> Result<DiskBus, String> {
+    Ok(match text {
+        "virtio" => DiskBus::Virtio,
+        "ahci" => DiskBus::Ahci,
+        "ide" => DiskBus::Ide,
+        _ => {
+            return Err(format!(
+                "unknown bus {text:?}; expected virtio, ahci or ide"
+            ));
+        }
+    })
 }
 
 fn parse_disk_format(text: &str) -> Result<DiskFormat, String> {
@@ -441,7 +512,11 @@ mod tests {
             "--disk",
             "d,ro,serial=S1",
             "--disk",
-            "a,,b,format=qcow2,backing=allow",
+            "a,,b,format=qcow2,backing=allow,bus=ahci",
+            "--cdrom",
+            "c.iso",
+            "--cdrom",
+            "none,bus=ahci",
             "-p",
             "8080:80",
             "-p",
@@ -478,6 +553,12 @@ mod tests {
             (spec.disks[0].format, spec.disks[1].format),
             (DiskFormat::Raw, DiskFormat::Qcow2)
         );
+        assert_eq!(
+            (spec.disks[0].bus, spec.disks[1].bus),
+            (DiskBus::Virtio, DiskBus::Ahci)
+        );
+        let media: Vec<_> = spec.cdroms.iter().map(|c| c.path.clone()).collect();
+        assert_eq!(media, [Some(PathBuf::from("c.iso")), None]);
         assert!(spec.disks[1].allow_backing && !spec.disks[0].allow_backing);
         assert!(spec.net.host_loopback);
         assert_eq!(spec.net.forwards[1].protocol, Protocol::Udp);
@@ -494,6 +575,9 @@ mod tests {
             ["--disk", ",ro"],
             ["--disk", "d,colour=red"],
             ["--disk", "d,format=qcow3"],
+            ["--disk", "d,bus=mfm"],
+            ["--cdrom", ",bus=ahci"],
+            ["--cdrom", "c,ro"],
             ["-p", "80"],
             ["-p", "0:80"],
             ["-p", "80:70000"],

@@ -159,6 +159,16 @@ fn ask(socket: &Path, what: Ask) -> Result<Outcome> {
         },
         Ask::Inspect { path } => Command::Inspect { path },
         Ask::Balloon { bytes } => Command::Balloon { bytes },
+        Ask::Insert { drive, file, force } => Command::Medium {
+            drive,
+            path: Some(std::path::absolute(&file).context("the CD image")?),
+            force,
+        },
+        Ask::Eject { drive, force } => Command::Medium {
+            drive,
+            path: None,
+            force,
+        },
         Ask::Pause => Command::Pause,
         Ask::Resume => Command::Resume,
         Ask::Reset => Command::Reset,

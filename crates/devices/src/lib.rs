@@ -28,6 +28,7 @@ pub mod pci_host;
 pub mod pit;
 pub mod reset_ports;
 pub mod rtc;
+pub mod storage;
 #[cfg(test)]
 mod tests;
 pub mod uart;

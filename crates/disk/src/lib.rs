@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use pyrite_mem::GuestMemory;
 
+pub mod batch;
 mod bytes;
 mod check;
 pub mod conformance;
@@ -20,11 +21,13 @@ pub mod image;
 mod io;
 pub mod jobs;
 mod mapped;
+pub mod medium;
 pub mod mem_disk;
 pub mod open;
 pub mod payload;
 pub mod qcow2;
 pub mod raw;
+pub mod scsi;
 pub mod served;
 pub mod storage;
 pub mod targets;

@@ -29,6 +29,14 @@ pub fn check(spec: &VmSpec, with_boot: bool) -> Vec<SpecError> {
             errors.push(SpecError::new(format!("disks[{n}].path"), problem));
         }
     }
+    for (n, cdrom) in spec.cdroms.iter().enumerate() {
+        if let Some(path) = &cdrom.path
+            && let Err(problem) = check_medium(path)
+        {
+            let problem = format!("{}: {problem}", path.display());
+            errors.push(SpecError::new(format!("cdroms[{n}].path"), problem));
+        }
+    }
     if let Some(path) = &spec.vsock {
         errors.extend(check_vsock(path).err());
     }
@@ -203,6 +211,25 @@ fn check_cpio(file: &mut File, size: u64) -> Result<(), String> {
 }
 
 /// A raw image or a block device that can be opened as the guest will use it.
+/// What can lie in a CD drive.
+pub(crate) fn check_medium(path: &Path) -> Result<(), String> {
+    let meta = std::fs::metadata(path).map_err(|e| e.to_string())?;
+    if !meta.is_file() && !meta.file_type().is_block_device() {
+        return Err("expected a CD image (ISO 9660) or a block device".into());
+    }
+    let mut file = File::open(path).map_err(|e| e.to_string())?;
+    let size = file.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
+    if size < 2048 {
+        return Err("is smaller than a sector; expected a CD image (ISO 9660)".into());
+    }
+    match foreign_image(&mut file).map_err(|e| e.to_string())? {
+        Some(format) => Err(format!(
+            "this is a {format} image; expected a CD image (convert it with pyrite image convert)"
+        )),
+        None => Ok(()),
+    }
+}
+
 fn check_disk(disk: &DiskSpec) -> Result<(), String> {
     let meta = std::fs::metadata(&disk.path).map_err(|e| e.to_string())?;
     if !meta.is_file() && !meta.file_type().is_block_device() {

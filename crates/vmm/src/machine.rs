@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use pyrite_api::v1::{
-    ConsoleKind, DiskFormat, DiskSpec, NetKind, NetSpec, Protocol, SpecError, VmSpec,
+    ConsoleKind, DiskBus, DiskFormat, DiskSpec, NetKind, NetSpec, Protocol, SpecError, VmSpec,
 };
 use pyrite_devices::acpi_pm::AcpiPm;
 use pyrite_devices::chipset::{Chipset, ChipsetConfig};
 use pyrite_devices::display::vga::Vga;
 use pyrite_devices::uart::{NoSerial, SerialBackend};
 use pyrite_disk::image::References;
+use pyrite_disk::medium::Tray;
 use pyrite_disk::open::{OpenOptions, open};
 use pyrite_disk::raw::RawDisk;
 use pyrite_disk::{BlockBackend, BlockRequest, Format, ImageDisk};
@@ -26,7 +27,8 @@ use pyrite_net::usernet::{Forward, ForwardProtocol, Usernet, UsernetConfig};
 use pyrite_vdev::bus::lock;
 use pyrite_vdev::pci::{DoorbellAt, DoorbellSink};
 use pyrite_vdev::{
-    IntrSink, Lifecycle, MachineEvents, MsiMessage, MsiRoute, MsiSink, PciFunction, VmClock,
+    IntrSink, IrqLine, Lifecycle, MachineEvents, MsiMessage, MsiRoute, MsiSink, PciFunction,
+    VmClock,
 };
 use pyrite_virtio::{
     Balloon, BalloonControl, Blk, BlkConfig, Console as VirtioConsole, Net, NetConfig, PortConfig,
@@ -41,6 +43,7 @@ use crate::run::console::Console;
 
 #[cfg(test)]
 mod doorbell_tests;
+mod drives;
 mod screen;
 #[cfg(test)]
 mod tests;
@@ -94,6 +97,8 @@ pub struct Machine {
     pub units: Vec<Unit>,
     /// Back ends of the disks that keep tables in memory: all whose format is not raw.
     pub image_disks: Vec<Arc<dyn BlockBackend>>,
+    /// Trays of the CD drives.
+    trays: Vec<Arc<Tray>>,
     /// The engine's VM.
     pub vm: Arc<dyn Vm>,
     /// Its CPUID, before per-vCPU fields.
@@ -250,9 +255,10 @@ impl Machine {
             next: FIRST_SLOT,
             units: &mut units,
         };
-        let (balloon, image_disks) = plug_devices(spec, &console, &mut slots)?;
+        let (balloon, mut image_disks) = plug_devices(spec, &console, &mut slots)?;
         let screen = screen::plug(spec, &mut slots)?;
         let input = Input::new(&chipset.i8042).map_err(|e| host("input")(e.into()))?;
+        let trays = drives::plug(spec, &mut slots, &mut image_disks)?;
         units.extend(pci_host);
 
         let acpi_pm = Arc::clone(&chipset.pm);
@@ -283,6 +289,7 @@ impl Machine {
             acpi_pm,
             units,
             image_disks,
+            trays,
             vm,
             cpuid,
             console,
@@ -339,6 +346,21 @@ struct Slots<'a> {
 }
 
 impl Slots<'_> {
+    /// Plugs a function that `build` makes for its interrupt line into the next slot.
+    fn plug_function<T: PciFunction + Lifecycle + 'static>(
+        &mut self,
+        build: impl FnOnce(IrqLine) -> Arc<Mutex<T>>,
+    ) -> Result<(), AssemblyError> {
+        let full = |e: pyrite_devices::pci_host::SlotError| AssemblyError::Host(e.into());
+        let slot = self.next;
+        let function = build(self.chipset.pci.intx_line(slot, 0).map_err(full)?);
+        let pci: Arc<Mutex<dyn PciFunction>> = function.clone();
+        self.chipset.pci.plug(slot, 0, pci).map_err(full)?;
+        self.units.push(function);
+        self.next += 1;
+        Ok(())
+    }
+
     /// Plugs a virtio device into the next slot.
     fn plug(&mut self, unit: &str, device: Box<dyn VirtioDevice>) -> Result<(), AssemblyError> {
         let full = |e: pyrite_devices::pci_host::SlotError| AssemblyError::Host(e.into());
@@ -375,10 +397,10 @@ fn plug_devices(
 ) -> Result<Plugged, AssemblyError> {
     let mut image_disks = Vec::new();
     for (n, d) in spec.disks.iter().enumerate() {
-        let backend = open_disk(d).map_err(|e| input(format!("disks[{n}].path"), e))?;
-        if d.format != DiskFormat::Raw {
-            image_disks.push(Arc::clone(&backend));
+        if d.bus != DiskBus::Virtio {
+            continue;
         }
+        let backend = drives::open_listed(spec, n, &mut image_disks)?;
         let config = BlkConfig {
             serial: d.serial.clone().unwrap_or_default(),
             ..BlkConfig::default()

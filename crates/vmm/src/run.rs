@@ -453,6 +453,10 @@ impl Running {
             Command::Balloon { bytes } => self.balloon(bytes).map(|()| Outcome::Done),
             Command::Screenshot { path } => self.screenshot(&path).map(|()| Outcome::Done),
             Command::Keys { strokes } => self.keys(&strokes).map(|()| Outcome::Done),
+            Command::Medium { drive, path, force } => {
+                let changed = self.d.machine.change_medium(drive, path.as_deref(), force);
+                changed.map(|()| Outcome::Done)
+            }
             Command::Inspect { path } => match self.inspect().at(&path) {
                 Some(t) => Ok(Outcome::Tree(tree(t))),
                 None => Ok(Outcome::Failed(format!("there is no {path}"))),
@@ -642,6 +646,7 @@ impl Running {
             ("memory-bytes", Inspect::Uint(m.memory.size_bytes())),
             ("resets", Inspect::Uint(self.resets.into())),
             ("vm", m.vm.inspect()),
+            ("trays", m.inspect_trays()),
             ("units", Inspect::Node(units.collect())),
         ])
     }

@@ -254,6 +254,22 @@ impl ConfigSpace {
         at as u8
     }
 
+    /// Gives a function without capabilities registers of its own at `offset` (40H to FFH):
+    /// their values after reset, and the bits that the guest can change.
+    pub fn add_registers(&mut self, offset: u8, reset: &[u8], writable: &[u8]) {
+        let end = usize::from(offset) + reset.len().max(writable.len());
+        assert!(
+            usize::from(offset) >= FIRST_CAPABILITY
+                && end <= CONFIG_BYTES
+                && self.last_capability.is_none(),
+            "registers at {offset:#x}"
+        );
+        // A capability that is added later must not lie there.
+        self.next_free = self.next_free.max(end.next_multiple_of(4));
+        self.fix(offset.into(), reset);
+        self.allow(offset.into(), writable);
+    }
+
     /// Adds MSI with `1 << vectors_log2` vectors (at most 32), 64-bit addresses and masking.
     pub fn add_msi(&mut self, vectors_log2: u8, sink: Arc<dyn MsiSink>) -> u8 {
         assert!(

@@ -1,0 +1,150 @@
+//! Drives that are not virtio block devices: controllers, and the media of CD drives.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use pyrite_api::v1::{DiskBus, DiskFormat, VmSpec};
+use pyrite_devices::storage::ahci::{self, Ahci};
+use pyrite_devices::storage::ata::{Device, Names};
+use pyrite_devices::storage::ide::Ide;
+use pyrite_disk::medium::Tray;
+use pyrite_disk::raw::RawImage;
+use pyrite_disk::storage::HostFile;
+use pyrite_disk::{BlockBackend, ImageDisk};
+use pyrite_state::Inspect;
+use pyrite_vdev::bus::lock;
+use pyrite_vdev::{IrqLine, IrqSink};
+
+use super::{AssemblyError, Machine, Slots, input, open_disk};
+
+/// Opens disk `n`; if its format keeps tables in memory, it is put on that list.
+pub(super) fn open_listed(
+    spec: &VmSpec,
+    n: usize,
+    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
+) -> Result<Arc<dyn BlockBackend>, AssemblyError> {
+    let disk = &spec.disks[n];
+    let backend = open_disk(disk).map_err(|e| input(format!("disks[{n}].path"), e))?;
+    if disk.format != DiskFormat::Raw {
+        image_disks.push(Arc::clone(&backend));
+    }
+    Ok(backend)
+}
+
+fn open_medium(path: &Path) -> Result<Arc<dyn BlockBackend>, String> {
+    let problem = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
+    crate::inputs::check_medium(path).map_err(|e| problem(&e))?;
+    let file = HostFile::open(path, true).map_err(|e| problem(&e))?;
+    let image = RawImage::padded(file).map_err(|e| problem(&e))?;
+    let served = ImageDisk::new(Arc::new(image)).map_err(|e| problem(&e))?;
+    Ok(Arc::new(served))
+}
+
+/// The serial number of a drive that was given none: its number among all of its kind.
+fn serial(given: Option<&str>, n: usize) -> String {
+    given.map_or_else(|| format!("PY{n:08}"), str::to_owned)
+}
+
+/// The ATA drives on a bus: disks in their order, then CD drives.
+fn ata_drives(
+    spec: &VmSpec,
+    bus: DiskBus,
+    trays: &[Arc<Tray>],
+    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
+) -> Result<Vec<Device>, AssemblyError> {
+    let serial_link = bus == DiskBus::Ahci;
+    let names = |model: &str, serial: String| Names {
+        model: model.into(),
+        serial,
+        firmware: "1.0".into(),
+    };
+    let mut drives = Vec::new();
+    for (n, d) in spec.disks.iter().enumerate().filter(|(_, d)| d.bus == bus) {
+        let backend = open_listed(spec, n, image_disks)?;
+        let names = names("PYRITE HARDDISK", serial(d.serial.as_deref(), n));
+        drives.push(Device::disk(backend, names, serial_link));
+    }
+    let cdroms = spec.cdroms.iter().zip(trays).enumerate();
+    for (n, (_, tray)) in cdroms.filter(|(_, (c, _))| c.bus == bus) {
+        let names = names("PYRITE DVD-ROM", serial(None, n));
+        drives.push(Device::cd(Arc::clone(tray), names, serial_link));
+    }
+    Ok(drives)
+}
+
+/// Plugs the controllers that the drives of a specification need; the trays of its CD drives.
+pub(super) fn plug(
+    spec: &VmSpec,
+    slots: &mut Slots<'_>,
+    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
+) -> Result<Vec<Arc<Tray>>, AssemblyError> {
+    let mut trays = Vec::new();
+    for (n, c) in spec.cdroms.iter().enumerate() {
+        let medium = c.path.as_deref().map(open_medium).transpose();
+        trays.push(Tray::new(
+            medium.map_err(|e| input(format!("cdroms[{n}].path"), e))?,
+        ));
+    }
+    let mut drives = ata_drives(spec, DiskBus::Ahci, &trays, image_disks)?
+        .into_iter()
+        .peekable();
+    for n in 0.. {
+        if drives.peek().is_none() {
+            break;
+        }
+        let ports = drives.by_ref().take(ahci::PORTS).map(Some).collect();
+        let (memory, msi) = (Arc::clone(slots.memory), Arc::clone(&slots.msi));
+        slots.plug_function(|line| Ahci::new(&format!("ahci{n}"), ports, memory, msi, line))?;
+    }
+    let mut drives = ata_drives(spec, DiskBus::Ide, &trays, image_disks)?.into_iter();
+    if drives.len() > 0 {
+        // Master and slave of the first channel, then of the second.
+        let drives = [(); 2].map(|()| [(); 2].map(|()| drives.next()));
+        let sink: Arc<dyn IrqSink> = slots.chipset.router.clone();
+        let irq = [14, 15].map(|n| IrqLine::new(Arc::clone(&sink), n));
+        let ide = Ide::new("ide0", drives, Arc::clone(slots.memory), irq)
+            .map_err(|e| AssemblyError::Host(e.into()))?;
+        lock(&ide)
+            .register(&slots.chipset.io)
+            .map_err(|e| AssemblyError::Host(e.into()))?;
+        // It does not use its INTx line.
+        slots.plug_function(|_| ide)?;
+    }
+    Ok(trays)
+}
+
+impl Machine {
+    /// What a person may see of the trays of the CD drives.
+    pub fn inspect_trays(&self) -> Inspect {
+        let trays = self.trays.iter().enumerate().map(|(n, t)| {
+            let node = Inspect::node([
+                ("open", Inspect::Bool(t.is_open())),
+                ("locked", Inspect::Bool(t.is_locked())),
+                ("medium", Inspect::Bool(t.medium().is_some())),
+            ]);
+            (n.to_string(), node)
+        });
+        Inspect::Node(trays.collect())
+    }
+
+    /// Puts a medium into CD drive `drive`, or takes the one there is out. Fails, with what to do
+    /// about it, if the guest has locked the tray, unless by `force`.
+    pub fn change_medium(
+        &self,
+        drive: usize,
+        path: Option<&Path>,
+        force: bool,
+    ) -> anyhow::Result<()> {
+        let Some(tray) = self.trays.get(drive) else {
+            anyhow::bail!(
+                "this VM has no CD drive {drive}; it has {} (see --cdrom)",
+                self.trays.len()
+            );
+        };
+        match path {
+            Some(p) => tray.insert(open_medium(p).map_err(anyhow::Error::msg)?, force)?,
+            None => tray.remove(force)?,
+        }
+        Ok(())
+    }
+}
