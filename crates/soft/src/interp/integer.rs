@@ -411,11 +411,10 @@ pub fn pusha(v: &mut SoftVcpu, op: &Op) -> Done {
 /// POPA, POPAD: the saved stack pointer is skipped.
 pub fn popa(v: &mut SoftVcpu, op: &Op) -> Done {
     let size = op.size as u64;
-    let mut values = [0u64; 8];
-    for (n, x) in values.iter_mut().enumerate().rev() {
-        *x = stack::read_stack(v, size * (7 - n as u64), op.size)?;
-    }
-    for (n, &x) in values.iter().enumerate() {
+    for n in (0..8).rev() {
+        let x = stack::read_stack(v, size * (7 - n as u64), op.size)?;
+        // As the processor does it: what was read before a fault stays in its register. The
+        // instruction can be repeated, because the stack pointer moves last.
         if n != gpr::RSP {
             let r = &mut v.frame.cpu.gpr[n];
             *r = *r & !size_mask(op.size) & 0xffff_ffff | x;

@@ -2,6 +2,7 @@
 //! compressions, gathers and scatters. Elements that do not count never fault.
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use pyrite_x86::bits::rflags;
 use pyrite_x86::gpr;
 
 use crate::exception::Exception;
@@ -13,8 +14,8 @@ use crate::interp::operand::{
 };
 use crate::interp::{Handler, Op, memory};
 use crate::mmu::Priv;
-use crate::sys::Next;
 use crate::sys::seg::SegAccess;
+use crate::sys::{Next, debug};
 use crate::vcpu::SoftVcpu;
 
 /// What decides which elements count.
@@ -449,15 +450,19 @@ fn masked_bytes(v: &mut SoftVcpu, op: &Op) -> Done {
         x87::rotate_to(v, 0);
         v.frame.cpu.xsave.0[4] = 0xff;
     }
-    // The whole operand is checked, whatever the mask says: the manuals leave that open, the
-    // processors at hand do it.
+    // The whole operand is checked, whatever the mask says, 8 bytes after 8 bytes: the manuals
+    // leave that open, the processors at hand do it.
     let seg = segment_number(op.i.memory_segment());
-    let lin = v.linear(seg, o, count, SegAccess::Write)?;
-    // Alignment of 8 bytes is checked even where nothing is stored.
-    if alignment_checked(v) && !lin.is_multiple_of(8) {
-        return Err(Exception::AC.into());
+    let lin = v.linear(seg, o, 8, SegAccess::Write)?;
+    for at in (0..count as u64).step_by(8) {
+        let o = o.wrapping_add(at) & size_mask(address_bytes);
+        let part = v.linear(seg, o, 8, SegAccess::Write)?;
+        // Alignment is checked even where nothing is stored.
+        if alignment_checked(v) && !part.is_multiple_of(8) {
+            return Err(Exception::AC.into());
+        }
+        v.probe_write(part, 8, Priv::Current)?;
     }
-    v.probe_write(lin, count, Priv::Current)?;
     lanes.store(v, lin, &data[..count], active)?;
     Ok(Next::Sequential)
 }
@@ -532,6 +537,7 @@ fn gather(v: &mut SoftVcpu, op: &Op) -> Done {
     let mut mask = vector(v, m);
     let mut k = opmask(v, i.op_mask());
     let mut fault = None;
+    let mut progress = false;
     for n in 0..x.count {
         let top = (n + 1) * x.element - 1;
         let on = if by_opmask {
@@ -544,8 +550,11 @@ fn gather(v: &mut SoftVcpu, op: &Op) -> Done {
                 .lin(v, i, n, SegAccess::Read)
                 .and_then(|lin| memory::load(v, lin, x.element));
             match value {
-                Ok(value) => out[top + 1 - x.element..=top]
-                    .copy_from_slice(&value.to_le_bytes()[..x.element]),
+                Ok(value) => {
+                    out[top + 1 - x.element..=top]
+                        .copy_from_slice(&value.to_le_bytes()[..x.element]);
+                    progress = true;
+                }
                 Err(e) => {
                     fault = Some(e);
                     break;
@@ -566,7 +575,7 @@ fn gather(v: &mut SoftVcpu, op: &Op) -> Done {
     } else {
         set_vector(v, m, &mask);
     }
-    fault.map_or(Ok(Next::Sequential), |e| Err(e.into()))
+    ended(v, fault, progress)
 }
 
 /// Scatters: in order of the elements, each completing on its own.
@@ -579,6 +588,7 @@ fn scatter(v: &mut SoftVcpu, op: &Op) -> Done {
     let data = vector(v, register_number(source));
     let mut k = opmask(v, i.op_mask());
     let mut fault = None;
+    let mut progress = false;
     for n in 0..x.count {
         if k >> n & 1 != 0 {
             let mut b = [0; 8];
@@ -590,6 +600,7 @@ fn scatter(v: &mut SoftVcpu, op: &Op) -> Done {
                 fault = Some(e);
                 break;
             }
+            progress = true;
             k &= !(1 << n);
         }
     }
@@ -597,5 +608,18 @@ fn scatter(v: &mut SoftVcpu, op: &Op) -> Done {
         k = 0;
     }
     set_opmask(v, i.op_mask(), k);
-    fault.map_or(Ok(Next::Sequential), |e| Err(e.into()))
+    ended(v, fault, progress)
+}
+
+/// The end of a gather or scatter. Debug traps of elements that are done are delivered in lieu of
+/// the fault of the next one, with RIP at the instruction. Intel SDM Vol. 2C, VPSCATTERDD.
+fn ended(v: &mut SoftVcpu, fault: Option<Exception>, progress: bool) -> Done {
+    let Some(fault) = fault else {
+        return Ok(Next::Sequential);
+    };
+    if progress {
+        let single_step = v.frame.cpu.rflags & rflags::TF != 0;
+        debug::after_instruction(v, single_step)?;
+    }
+    Err(fault.into())
 }
