@@ -455,7 +455,6 @@ fn time_stamp(v: &mut SoftVcpu, with_aux: bool) -> Result<(), Exception> {
 /// BOUND. Intel SDM Vol. 2A.
 fn bound(v: &mut SoftVcpu, i: &Instruction) -> Result<(), Exception> {
     let size = i.op0_register().size();
-    let lin = operand::mem_lin(v, i, 2 * size, SegAccess::Read)?;
     let extend = |x: u64| {
         if size == 2 {
             i64::from(x as i16)
@@ -463,9 +462,21 @@ fn bound(v: &mut SoftVcpu, i: &Instruction) -> Result<(), Exception> {
             i64::from(x as i32)
         }
     };
-    let low = extend(v.read_uint(lin, size, Priv::Current)?);
-    let at = v.wrap_system(lin.wrapping_add(size as u64));
-    let high = extend(v.read_uint(at, size, Priv::Current)?);
+    // One after the other, as processors do it: the first may fault before the second's limit
+    // does.
+    let seg = operand::segment(i);
+    let at = operand::offset(v, i);
+    let next = at.wrapping_add(size as u64) & operand::address_mask(i);
+    let mut bounds = [0; 2];
+    for (offset, bound) in [at, next].into_iter().zip(&mut bounds) {
+        let lin = v.linear(seg, offset, size, SegAccess::Read)?;
+        // The pair is to be aligned as a whole.
+        if operand::alignment_checked(v) && offset == at && !lin.is_multiple_of(2 * size as u64) {
+            return Err(Exception::AC);
+        }
+        *bound = extend(v.read_uint(lin, size, Priv::Current)?);
+    }
+    let [low, high] = bounds;
     let index = extend(operand::read_reg(v, i.op0_register()));
     if index < low || index > high {
         return Err(Exception::plain(vector::BR));

@@ -22,6 +22,8 @@ mod code_tlb;
 mod emit;
 pub mod fast;
 mod front;
+#[cfg(test)]
+mod golden;
 mod layout;
 mod moved;
 mod stubs;

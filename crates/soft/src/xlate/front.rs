@@ -403,7 +403,11 @@ impl<'a> Front<'a> {
                 } else {
                     d.i.rflags_modified() & ARITH
                 };
-                live = (live & !kills) | (d.i.rflags_read() & ARITH);
+                // A rotation through CF by a multiple of its length still makes OF from CF, which
+                // the decoder does not say.
+                let through_carry = matches!(d.i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
+                let also = if through_carry { RflagsBits::CF } else { 0 };
+                live = (live & !kills) | (d.i.rflags_read() & ARITH) | also;
             }
             d.live = if self.options.precise_flags {
                 ARITH

@@ -40,6 +40,7 @@ pub fn tolerance(code: Code, exact: bool) -> Tolerance {
         flags_at_fault: !exact,
         cr2_page_only: big,
         partial_vectors: is_gather(code),
+        may_wrap: false,
     }
 }
 

@@ -339,6 +339,7 @@ impl Fuzzer {
                 .insns
                 .iter()
                 .any(|i| is_gather(gen_::decoded(seq.mode, &i.bytes).code())),
+            may_wrap: seq.mode == Mode::Flat32,
         }
     }
 
