@@ -91,11 +91,11 @@ impl TlbView {
 /// See the module documentation.
 #[repr(C, align(64))]
 pub struct Frame {
+    /// What emitted code reaches with displacements of one byte.
+    pub hot: crate::xlate::Hot,
     /// The architectural state. While translated code runs, the general-purpose registers and the
     /// arithmetic flags of `rflags` are in host registers instead, and `xsave` may be.
     pub cpu: CpuState,
-    /// [`EXIT_WANTED`]: leave translated code at the next poll; else 0. Set by any thread.
-    pub exit_request: AtomicU32,
     /// Soft TLBs by [`View`].
     pub tlb: [TlbView; VIEWS],
     /// The second level of the soft TLBs: holds all that the first holds, in slots by another hash
@@ -106,7 +106,7 @@ pub struct Frame {
     pub xlate: crate::xlate::FrameArea,
 }
 
-/// See [`Frame::exit_request`]. No difference of two code-TLB values, so that translated code can
+/// See `Hot::exit_request`. No difference of two code-TLB values, so that translated code can
 /// test the sum of both for zero.
 pub const EXIT_WANTED: u32 = 1 << 31;
 
@@ -159,7 +159,7 @@ impl FrameMapping {
     /// The exit request, for any thread.
     pub fn exit_request(&self) -> &AtomicU32 {
         // SAFETY: the field is atomic, inside the mapping, and lives as long as `self`.
-        unsafe { &*std::ptr::addr_of!((*self.frame_ptr()).exit_request) }
+        unsafe { &*std::ptr::addr_of!((*self.frame_ptr()).hot.exit_request) }
     }
 }
 

@@ -28,7 +28,9 @@ pub mod string;
 #[cfg(test)]
 mod tests;
 
-use iced_x86::{Code, CodeSize, Decoder, DecoderError, DecoderOptions, Instruction, Register};
+use iced_x86::{
+    Code, CodeSize, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, Register,
+};
 use pyrite_engine::{CpuidEntry, CpuidTable, EngineError};
 use pyrite_x86::bits::rflags;
 use pyrite_x86::{InterruptShadow, sreg};
@@ -129,7 +131,7 @@ fn one(v: &mut SoftVcpu) -> Result<(), Trap> {
     let op = decode(v)?;
     v.stats.by_mnemonic[op.i.mnemonic() as usize] += 1;
     let start = v.frame.cpu.rip;
-    let single_step = v.frame.cpu.rflags & rflags::TF != 0;
+    let mut single_step = v.frame.cpu.rflags & rflags::TF != 0;
     // The shadow lasts for one instruction; STI and MOV SS set it anew. RF holds for one
     // instruction too; a fault's stack image has RF set whatever it was.
     v.frame.cpu.interrupt_shadow = InterruptShadow::None;
@@ -144,6 +146,17 @@ fn one(v: &mut SoftVcpu) -> Result<(), Trap> {
             };
         }
         Next::Jumped => {
+            // An interrupt or a system call that clears TF clears the trap as well.
+            if matches!(
+                op.i.mnemonic(),
+                Mnemonic::Int
+                    | Mnemonic::Int1
+                    | Mnemonic::Int3
+                    | Mnemonic::Into
+                    | Mnemonic::Syscall
+            ) {
+                single_step &= v.frame.cpu.rflags & rflags::TF != 0;
+            }
             // A repeated string instruction that goes on keeps RF.
             if had_rf && v.frame.cpu.rip == start && string::repeats(&op.i) {
                 v.frame.cpu.rflags |= rflags::RF;

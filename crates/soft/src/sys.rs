@@ -470,8 +470,7 @@ fn bound(v: &mut SoftVcpu, i: &Instruction) -> Result<(), Exception> {
     let mut bounds = [0; 2];
     for (offset, bound) in [at, next].into_iter().zip(&mut bounds) {
         let lin = v.linear(seg, offset, size, SegAccess::Read)?;
-        // The pair is to be aligned as a whole.
-        if operand::alignment_checked(v) && offset == at && !lin.is_multiple_of(2 * size as u64) {
+        if operand::alignment_checked(v) && !lin.is_multiple_of(size as u64) {
             return Err(Exception::AC);
         }
         *bound = extend(v.read_uint(lin, size, Priv::Current)?);

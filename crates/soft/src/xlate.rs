@@ -38,8 +38,8 @@ use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
 use self::cache::{Block, BlockKey, Cache, Exit};
 use self::code_tlb::{CodeTlb, PageCheck};
-use self::front::{Front, HostFeatures, Place, Tools};
-pub use self::layout::FrameArea;
+use self::front::{Entries, Front, HostFeatures, Place, Tools};
+pub use self::layout::{FrameArea, Hot};
 use self::layout::{JC_MASK, jump_slot, reason};
 use crate::exception::Trap;
 use crate::frame::{Frame, NO_PAGE, TLB_ENTRIES, View, empty_tag};
@@ -101,6 +101,8 @@ pub struct XlateStats {
     pub blocks: u64,
     /// Blocks copied from another RIP instead of being translated.
     pub moved: u64,
+    /// Blocks that got their entries from other pages after they were translated.
+    pub late_entries: u64,
     pub guest_insns: u64,
     pub enters: u64,
     pub lookups: u64,
@@ -148,19 +150,23 @@ impl Translator {
             what: "cannot map the code cache".to_owned(),
             source,
         })?;
+        let hot = &mut frame.hot;
+        hot.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;
+        hot.jc_mask = JC_MASK;
+        hot.stub_stack = stubs::stack as *const () as u64;
+        hot.stub_slow = stubs::slow as *const () as u64;
+        hot.stub_fpu = stubs::fpu_load as *const () as u64;
+        hot.stub_link = stubs::link as *const () as u64;
+        hot.stub_poll = stubs::poll as *const () as u64;
+        hot.stub_moved = stubs::moved as *const () as u64;
         let x = &mut frame.xlate;
-        x.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;
-        x.jc_mask = JC_MASK;
         x.xsave_mask = host_xsave_mask();
         x.mxcsr_host = 0x1f80;
         x.stub_exit = stubs::exit as *const () as u64;
         x.stub_miss = stubs::miss as *const () as u64;
-        x.stub_stack = stubs::stack as *const () as u64;
         x.canonical_mask = !0 << 47;
-        x.stub_slow = stubs::slow as *const () as u64;
         x.stub_step = stubs::step as *const () as u64;
         x.stub_step_jump = stubs::step_jump as *const () as u64;
-        x.stub_fpu = stubs::fpu_load as *const () as u64;
         x.fast = fast::addresses();
         x.tsc_offset_at = vm.tsc_offset.as_ptr() as u64;
         for jc in &mut x.jump_cache {
@@ -311,15 +317,22 @@ fn on_signal(_signal: i32, context: &mut libc::ucontext_t) -> bool {
     true
 }
 
-/// Called by the slow stub on a soft-TLB miss. 0 = try again, 1 = leave translated code, 2 = the
-/// operand was copied to `FrameArea::split`.
-unsafe extern "sysv64" fn slow_memory(frame: *mut Frame, lin: u64, desc: u32) -> u32 {
+/// Called by the slow stub on a soft-TLB miss. `bits` and `size` are those of the access, `retry` is
+/// the host address of its check. 0 = try again, 1 = leave translated code, 2 = the operand was
+/// copied to `FrameArea::split`.
+unsafe extern "sysv64" fn slow_memory(
+    frame: *mut Frame,
+    lin: u64,
+    size: u32,
+    bits: u32,
+    retry: u64,
+) -> u32 {
     // SAFETY: `run` stored the vCPU's address and does not touch it while translated code runs.
     let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
     v.xlate.stats.slow_memory += 1;
-    let size = (desc & 0xff) as usize;
-    let write = desc & 0x100 != 0;
-    let view = match desc >> 16 & 3 {
+    let size = size as usize;
+    let write = bits & u32::from(stubs::WRITE) != 0;
+    let view = match bits >> stubs::VIEW_SHIFT & 3 {
         0 => View::Supervisor,
         1 => View::SupervisorSmap,
         _ => View::User,
@@ -332,7 +345,11 @@ unsafe extern "sysv64" fn slow_memory(frame: *mut Frame, lin: u64, desc: u32) ->
     if !write && v.copy_split(lin, size) {
         return 2;
     }
-    v.frame.xlate.reason = reason::INTERPRET;
+    v.frame.hot.reason = reason::INTERPRET;
+    if let Err(trap) = locate(v, retry) {
+        v.frame.hot.reason = reason::STEPPED;
+        v.xlate.trap = Some(trap);
+    }
     1
 }
 
@@ -364,10 +381,10 @@ unsafe extern "sysv64" fn step_in_place(frame: *mut Frame) -> u32 {
     // SAFETY: as in `slow_memory`.
     let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
     v.xlate.stats.interpreted += 1;
-    let flags = flags_from_lahf(v.frame.xlate.flags);
+    let flags = flags_from_lahf(v.frame.hot.flags);
     v.frame.cpu.rflags = (v.frame.cpu.rflags & !rflags::ARITH) | flags;
     let outcome = interp::step(v);
-    v.frame.xlate.flags = flags_to_lahf(v.frame.cpu.rflags);
+    v.frame.hot.flags = flags_to_lahf(v.frame.cpu.rflags);
     v.frame.xlate.irq_waiting = u32::from(v.irq_waiting);
     let goes_on = outcome.is_ok()
         && v.frame.cpu.rip == v.frame.xlate.expected
@@ -379,7 +396,7 @@ unsafe extern "sysv64" fn step_in_place(frame: *mut Frame) -> u32 {
     if goes_on {
         return 0;
     }
-    v.frame.xlate.reason = reason::STEPPED;
+    v.frame.hot.reason = reason::STEPPED;
     1
 }
 
@@ -389,12 +406,12 @@ unsafe extern "sysv64" fn step_and_jump(frame: *mut Frame) -> u64 {
     // SAFETY: as in `slow_memory`.
     let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
     v.xlate.stats.interpreted += 1;
-    let flags = flags_from_lahf(v.frame.xlate.flags);
+    let flags = flags_from_lahf(v.frame.hot.flags);
     v.frame.cpu.rflags = (v.frame.cpu.rflags & !rflags::ARITH) | flags;
     let outcome = interp::step(v);
-    v.frame.xlate.flags = flags_to_lahf(v.frame.cpu.rflags);
+    v.frame.hot.flags = flags_to_lahf(v.frame.cpu.rflags);
     v.frame.xlate.irq_waiting = u32::from(v.irq_waiting);
-    v.frame.xlate.reason = reason::STEPPED;
+    v.frame.hot.reason = reason::STEPPED;
     if let Err(trap) = outcome {
         v.xlate.trap = Some(trap);
         return 0;
@@ -418,7 +435,7 @@ unsafe extern "sysv64" fn step_and_jump(frame: *mut Frame) -> u64 {
 fn run_loop_wanted(v: &SoftVcpu) -> bool {
     let c = &v.frame.cpu;
     v.shared().events.load(Ordering::SeqCst) != 0
-        || v.frame.exit_request.load(Ordering::SeqCst) != 0
+        || v.frame.hot.exit_request.load(Ordering::SeqCst) != 0
         || c.activity != Activity::Running
         || c.interrupt_shadow != InterruptShadow::None
         || (v.irq_waiting && c.rflags & rflags::IF != 0)
@@ -442,7 +459,11 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
             rip: linear_rip,
             mode: m,
         };
-        let Some(id) = find_or_translate(v, key) else {
+        // Room for entries that a block turns out to need.
+        if !v.xlate.cache.fits(front::ENTRIES_BYTES_MAX) {
+            drop_everything(v);
+        }
+        let Some(id) = find_or_translate(v, key, true) else {
             interp::step(v)?;
             if run_loop_wanted(v) {
                 return Ok(());
@@ -460,8 +481,9 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         }
         let base = v.xlate.cache.base();
         let view = (m & mode::VIEW) as usize;
-        let (entry, checked) = (b.entry, b.checked_entry);
+        let entry = b.entry;
         let (page, second) = (b.page, b.second);
+        let checked = b.others.map_or_else(|| make_entries(v, id), |o| o.checked);
         if v.xlate.units != m & mode::UNITS {
             forget_code_pages(v, false);
             v.xlate.units = m & mode::UNITS;
@@ -486,10 +508,21 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
                 v.xlate.code_tlb.fill(table, page, next, from);
             }
         }
-        v.frame.xlate.target = base + u64::from(entry);
+        v.frame.hot.target = base + u64::from(entry);
         enter(v);
-        match v.frame.xlate.reason {
-            reason::LINK => variant = link(v),
+        // Calls of stubs tell where they were by the address after them.
+        let left_at = v.frame.xlate.left_at.wrapping_sub(1);
+        match v.frame.hot.reason {
+            reason::LINK => variant = link(v, left_at)?,
+            reason::MOVED => {
+                v.frame.cpu.rip = block_rip(v, left_at)?;
+                v.xlate.stats.lookups += 1;
+            }
+            reason::POLL_ENTRY => {
+                v.frame.cpu.rip = block_rip(v, left_at)?;
+                v.xlate.stats.polls += 1;
+                return Ok(());
+            }
             reason::LOOKUP => {
                 v.xlate.stats.lookups += 1;
                 if v.long64() && !v.canonical(v.frame.cpu.rip) {
@@ -547,10 +580,10 @@ fn enter(v: &mut SoftVcpu) {
     unsafe {
         (*frame).xlate.vcpu = me as u64;
         (*frame).xlate.irq_waiting = u32::from((*me).irq_waiting);
-        (*frame).xlate.flags = flags_to_lahf((*frame).cpu.rflags);
+        (*frame).hot.flags = flags_to_lahf((*frame).cpu.rflags);
         stubs::enter(frame);
         let c = &mut (*frame).cpu;
-        c.rflags = (c.rflags & !rflags::ARITH) | flags_from_lahf((*frame).xlate.flags);
+        c.rflags = (c.rflags & !rflags::ARITH) | flags_from_lahf((*frame).hot.flags);
     }
     RUNNING.set((0, 0, 0));
 }
@@ -569,17 +602,48 @@ fn locate(v: &mut SoftVcpu, at: u64) -> Result<u32, Trap> {
             v.frame.cpu.rip = rip;
             Ok(pops)
         }
-        None => Err(Trap::Stop(pyrite_engine::StopReason::Failed(
-            EngineError::Internal(format!("{at:#x} belongs to no translated block")),
-        ))),
+        None => Err(nowhere(at)),
     }
+}
+
+#[cold]
+fn nowhere(at: u64) -> Trap {
+    let text = format!("{at:#x} belongs to no translated block");
+    Trap::Stop(pyrite_engine::StopReason::Failed(EngineError::Internal(
+        text,
+    )))
+}
+
+/// RIP of the block whose emitted code is at `at`.
+fn block_rip(v: &SoftVcpu, at: u64) -> Result<u64, Trap> {
+    let b = v.xlate.cache.block_at(at).ok_or_else(|| nowhere(at))?;
+    Ok(b.key.rip)
+}
+
+/// Gives a block the entries for jumps from other pages and through the jump cache. Cache offset of
+/// the checked one.
+fn make_entries(v: &mut SoftVcpu, id: u32) -> u32 {
+    let t = &mut v.xlate;
+    let b = &t.cache.blocks[id as usize];
+    let at = Entries {
+        rip: b.key.rip,
+        base: t.cache.base() + t.cache.free_at() as u64,
+        entry: t.cache.base() + u64::from(b.entry),
+        live: b.flags_live,
+        page: b.page,
+        second: b.second.map(|(_, page)| page),
+    };
+    let (code, others) = front::emit_entries(&mut t.tools, at);
+    t.cache.add_entries(id, code, others);
+    t.stats.late_entries += 1;
+    t.cache.blocks[id as usize].others.map_or(0, |o| o.checked)
 }
 
 /// An indirect JMP or RET has led to a non-canonical address, where the processor raises #GP at the
 /// branch: back to the state before it. Intel SDM Vol. 2A (JMP), Vol. 2B (RET).
 fn undo_branch(v: &mut SoftVcpu) -> Result<(), Trap> {
     let base = v.xlate.cache.base();
-    let offset = v.frame.xlate.branch.wrapping_sub(base as u32);
+    let offset = v.frame.hot.branch.wrapping_sub(base as u32);
     let pops = locate(v, base + u64::from(offset))?;
     let sp = &mut v.frame.cpu.gpr[pyrite_x86::gpr::RSP];
     *sp = sp.wrapping_sub(u64::from(pops));
@@ -588,12 +652,16 @@ fn undo_branch(v: &mut SoftVcpu) -> Result<(), Trap> {
 
 /// Links the exit that was just taken to its target, if it can be found or made.
 ///
-/// Which variant to go on in, as mode bits.
-fn link(v: &mut SoftVcpu) -> u32 {
-    let x = v.frame.xlate.link;
-    let Some(exit) = v.xlate.cache.exits.get(x as usize).cloned() else {
-        return 0;
-    };
+/// Sets RIP to where the exit leads. Returns which variant to go on in, as mode bits.
+fn link(v: &mut SoftVcpu, left_at: u64) -> Result<u32, Trap> {
+    let stub = (left_at + 1).wrapping_sub(front::STUB_CALL_BYTES);
+    let x = v.xlate.cache.exit_at(stub).ok_or_else(|| nowhere(stub))?;
+    v.frame.cpu.rip = v.xlate.cache.exits[x as usize].target;
+    Ok(link_exit(v, x))
+}
+
+fn link_exit(v: &mut SoftVcpu, x: u32) -> u32 {
+    let exit = v.xlate.cache.exits[x as usize].clone();
     let owner = &v.xlate.cache.blocks[exit.owner as usize];
     if owner.dead {
         return 0;
@@ -622,19 +690,23 @@ fn link(v: &mut SoftVcpu) -> u32 {
         mode: m,
     };
     let flushes = v.xlate.cache.flushes;
-    let Some(mut to) = find_or_translate(v, key) else {
+    let Some(mut to) = find_or_translate(v, key, !near) else {
         return variant;
     };
     if backward && !v.xlate.cache.blocks[to as usize].polls {
         // Every loop must notice the exit request: translate the target again, polling.
         v.xlate.must_poll.insert(key);
         kill(v, to);
-        match find_or_translate(v, key) {
+        match find_or_translate(v, key, !near) {
             Some(t) => to = t,
             None => return variant,
         }
     }
     if v.xlate.cache.flushes == flushes {
+        let b = &v.xlate.cache.blocks[to as usize];
+        if b.others.is_none() && (!near || b.second.is_some()) {
+            make_entries(v, to);
+        }
         v.xlate.stats.links += 1;
         v.xlate.cache.link(x, to, near);
     }
@@ -650,7 +722,8 @@ fn kill(v: &mut SoftVcpu, id: u32) {
 /// Takes a block that is dropped out of the jump caches.
 fn forget_target(v: &mut SoftVcpu, id: u32) {
     let b = &v.xlate.cache.blocks[id as usize];
-    let at = v.xlate.cache.base() + u64::from(b.checked_entry);
+    let Some(others) = b.others else { return };
+    let at = v.xlate.cache.base() + u64::from(others.checked);
     let slot = jump_slot(b.key.rip);
     for cache in &mut v.frame.xlate.jump_cache {
         if cache[slot] == at {
@@ -659,8 +732,9 @@ fn forget_target(v: &mut SoftVcpu, id: u32) {
     }
 }
 
-/// The block for a key, translated now if need be. `None`: not RAM.
-fn find_or_translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
+/// The block for a key, translated now if need be, with entries from other pages if they are wanted
+/// now. `None`: not RAM.
+fn find_or_translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
     if let Some(id) = v.xlate.cache.find(&key) {
         let Some(second) = v.xlate.cache.blocks[id as usize].second else {
             return Some(id);
@@ -671,7 +745,7 @@ fn find_or_translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
         }
         kill(v, id);
     }
-    translate(v, key)
+    translate(v, key, entries)
 }
 
 /// First byte of the page after the one that holds `rip`.
@@ -702,7 +776,7 @@ const GUEST_BYTES_MAX: usize = 1024;
 /// Most bytes of an instruction. Intel SDM Vol. 2A §2.3.11.
 const INSN_BYTES_MAX: usize = 15;
 
-fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
+fn translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
     let vm = std::sync::Arc::clone(&v.vm);
     let page_gpa = key.gpa & !(PAGE_SIZE - 1);
     let page_off = vm.memory.read_offset(page_gpa, PAGE_SIZE)?;
@@ -752,7 +826,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
     ) else {
         tracing::debug!(vcpu = v.index, "code TLB is full");
         drop_everything(v);
-        return translate(v, key);
+        return translate(v, key, entries);
     };
     let page = PageCheck {
         slot: first_slot,
@@ -776,6 +850,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
         force_poll,
         page,
         second: second_check,
+        entries: entries || second.is_some(),
     };
     if user
         && !force_poll
@@ -833,8 +908,7 @@ fn add(
     block.start = start;
     block.end += start;
     block.entry += start;
-    block.checked_entry += start;
-    block.far_entry += start;
+    block.others = block.others.map(|o| o.plus(start));
     cache.append(code);
     let id = cache.insert(block);
     for mut x in exits {

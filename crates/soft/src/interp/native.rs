@@ -642,7 +642,7 @@ fn copy_in(v: &mut SoftVcpu, op: &Op, m: &Memory) -> Result<(u64, u64), Exceptio
         }
         Err(e) if m.bytes == 10 => return Err(split_fault(v, &op.i, 0, 8, access, e)),
         Err(e) if e.vector != vector::AC && (lanes == whole || m.checks_all) => {
-            if m.lanes.by_opmask() && !m.checks_all {
+            if (m.lanes.by_opmask() || m.lanes.by_vector()) && !m.checks_all {
                 return Err(split_fault(v, &op.i, 0, m.lanes.element, access, e));
             }
             return Err(e);

@@ -41,19 +41,46 @@ pub struct Exit {
     pub owner: u32,
 }
 
+/// Entries of a block besides the plain one; made when they are first needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OtherEntries {
+    /// Cache offset of the entry for links from other pages, which checks the mapping.
+    pub far: u32,
+    /// Cache offset of the entry that compares R10 with the block's RIP, and then does the same.
+    pub checked: u32,
+}
+
+impl OtherEntries {
+    /// The same at a place that many bytes further.
+    pub fn plus(self, by: u32) -> OtherEntries {
+        OtherEntries {
+            far: self.far + by,
+            checked: self.checked + by,
+        }
+    }
+
+    /// The same relative to a place.
+    pub fn less(self, by: u32) -> OtherEntries {
+        OtherEntries {
+            far: self.far - by,
+            checked: self.checked - by,
+        }
+    }
+}
+
 /// A translated block.
 #[derive(Debug)]
 pub struct Block {
     pub key: BlockKey,
     /// Cache offset of the entry for jumps that have proved the target.
     pub entry: u32,
-    /// Cache offset of the entry that compares R10 with the block's RIP.
-    pub checked_entry: u32,
+    /// The other entries, if there are any yet.
+    pub others: Option<OtherEntries>,
+    /// The flags are live at the entries.
+    pub flags_live: bool,
     /// Cache range of the body.
     pub start: u32,
     pub end: u32,
-    /// Cache offset of the entry for links from other pages, which checks the mapping.
-    pub far_entry: u32,
     /// What proves that its page is still mapped as it was.
     pub page: PageCheck,
     /// Guest-physical address of the second page that it was made from, and its check.
@@ -113,6 +140,8 @@ pub struct Cache {
     used: usize,
     pub blocks: Vec<Block>,
     pub exits: Vec<Exit>,
+    /// Entries that lie outside of their blocks: from, to, block. In the order of their places.
+    entries: Vec<(u32, u32, u32)>,
     by_key: AddrMap<BlockKey, u32>,
     by_page: AddrMap<u64, Vec<u32>>,
     /// The latest block made from the code at a guest-physical address in a mode, whatever its RIP.
@@ -155,6 +184,7 @@ impl Cache {
                 used: 0,
                 blocks: Vec::new(),
                 exits: Vec::new(),
+                entries: Vec::new(),
                 by_key: AddrMap::default(),
                 by_page: AddrMap::default(),
                 by_place: AddrMap::default(),
@@ -236,13 +266,14 @@ impl Cache {
         id
     }
 
-    /// Makes an exit jump straight to a block; `near`: from the same page.
+    /// Makes an exit jump straight to a block; `near`: from the same page. From another page only if
+    /// it has an entry for that.
     pub fn link(&mut self, exit: u32, to: u32, near: bool) {
         let b = &self.blocks[to as usize];
-        let entry = if near && b.second.is_none() {
-            b.entry
-        } else {
-            b.far_entry
+        let entry = match b.others {
+            _ if near && b.second.is_none() => b.entry,
+            Some(o) => o.far,
+            None => return,
         };
         let e = &mut self.exits[exit as usize];
         e.linked = Some(to);
@@ -287,18 +318,44 @@ impl Cache {
         self.used = 0;
         self.blocks.clear();
         self.exits.clear();
+        self.entries.clear();
         self.by_key.clear();
         self.by_page.clear();
         self.by_place.clear();
         self.flushes += 1;
     }
 
-    /// The block whose code holds an executable address.
+    /// Adds entries that lie outside of their block.
+    pub fn add_entries(&mut self, id: u32, code: &[u8], others: OtherEntries) {
+        let start = self.free_at() as u32;
+        self.append(code);
+        self.entries.push((start, self.used as u32, id));
+        self.blocks[id as usize].others = Some(others.plus(start));
+    }
+
+    /// The block whose code, or entry, holds an executable address.
     pub fn block_at(&self, addr: u64) -> Option<&Block> {
         let off = u32::try_from(addr.checked_sub(self.base())?).ok()?;
         let n = self.blocks.partition_point(|b| b.start <= off);
         let b = self.blocks.get(n.checked_sub(1)?)?;
-        (off < b.end).then_some(b)
+        if off < b.end {
+            return Some(b);
+        }
+        let n = self.entries.partition_point(|e| e.0 <= off);
+        let &(_, end, id) = self.entries.get(n.checked_sub(1)?)?;
+        (off < end).then(|| &self.blocks[id as usize])
+    }
+
+    /// The exit whose stub holds an executable address.
+    pub fn exit_at(&self, addr: u64) -> Option<u32> {
+        let off = u32::try_from(addr.checked_sub(self.base())?).ok()?;
+        let b = self.block_at(addr)?;
+        let exits = b.first_exit..b.first_exit + b.exits;
+        exits.into_iter().find(|x| {
+            self.exits
+                .get(*x as usize)
+                .is_some_and(|e| e.stub_at == off)
+        })
     }
 }
 

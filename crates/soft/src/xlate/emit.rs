@@ -19,8 +19,6 @@ pub enum Depends {
     Rip,
     /// 64 bits: something less the block's RIP.
     NegRip,
-    /// 32 bits: the number of an exit.
-    Exit,
     /// 32 bits: the offset of the code-TLB slot of the block's page.
     CodeSlot,
     /// 32 bits: the low half of a host address in the block.
@@ -175,10 +173,26 @@ impl Emitter {
         0x40 | u8::from(w) << 3 | (r >> 3) << 2 | (x >> 3) << 1 | b >> 3
     }
 
+    /// ModRM and SIB of `[rsp + disp]`, with the displacement in one byte if it fits.
+    fn in_frame(&mut self, reg: u8, disp: usize) {
+        let field = (reg & 7) << 3;
+        match u8::try_from(disp) {
+            Ok(short @ 0..=127) => self.bytes(&[0x44 | field, 0x24, short]),
+            _ => {
+                self.bytes(&[0x84 | field, 0x24]);
+                self.u32(disp as u32);
+            }
+        }
+    }
+
     /// `op reg, [rsp + disp]` for one-byte opcodes.
     fn frame_op(&mut self, opcode: u8, w: bool, reg: u8, disp: usize) {
-        self.bytes(&[Self::rex(w, reg, 0, 0), opcode, 0x84 | (reg & 7) << 3, 0x24]);
-        self.u32(disp as u32);
+        let rex = Self::rex(w, reg, 0, 0);
+        if rex != 0x40 {
+            self.bytes(&[rex]);
+        }
+        self.bytes(&[opcode]);
+        self.in_frame(reg, disp);
     }
 
     /// `mov reg, [frame + disp]` (64 bit).
@@ -195,8 +209,8 @@ impl Emitter {
     }
     /// `mov dword [frame + disp], imm`.
     pub fn store_imm32(&mut self, disp: usize, imm: u32) {
-        self.bytes(&[0xc7, 0x84, 0x24]);
-        self.u32(disp as u32);
+        self.bytes(&[0xc7]);
+        self.in_frame(0, disp);
         self.u32(imm);
     }
     /// Notes that the constant that ends `back` bytes before the end depends on something.
@@ -244,8 +258,8 @@ impl Emitter {
     /// Stores a 64-bit constant in the frame; may use `scratch`.
     pub fn store_imm64(&mut self, disp: usize, imm: u64, scratch: u8) {
         if let Ok(v) = i32::try_from(imm as i64) {
-            self.bytes(&[0x48, 0xc7, 0x84, 0x24]);
-            self.u32(disp as u32);
+            self.bytes(&[0x48, 0xc7]);
+            self.in_frame(0, disp);
             self.u32(v as u32);
         } else {
             self.mov_imm(scratch, imm);
@@ -254,32 +268,32 @@ impl Emitter {
     }
     /// `cmp dword [frame + disp], 0`.
     pub fn cmp_frame32_zero(&mut self, disp: usize) {
-        self.bytes(&[0x83, 0xbc, 0x24]);
-        self.u32(disp as u32);
+        self.bytes(&[0x83]);
+        self.in_frame(7, disp);
         self.bytes(&[0]);
     }
     /// `cmp dword [frame + disp], imm`.
     pub fn cmp_frame32(&mut self, disp: usize, imm: u32) {
-        self.bytes(&[0x81, 0xbc, 0x24]);
-        self.u32(disp as u32);
+        self.bytes(&[0x81]);
+        self.in_frame(7, disp);
         self.u32(imm);
     }
     /// `mov byte [frame + disp], imm`.
     pub fn store_imm8(&mut self, disp: usize, imm: u8) {
-        self.bytes(&[0xc6, 0x84, 0x24]);
-        self.u32(disp as u32);
+        self.bytes(&[0xc6]);
+        self.in_frame(0, disp);
         self.bytes(&[imm]);
     }
     /// `and byte [frame + disp], imm`.
     pub fn and_frame8(&mut self, disp: usize, imm: u8) {
-        self.bytes(&[0x80, 0xa4, 0x24]);
-        self.u32(disp as u32);
+        self.bytes(&[0x80]);
+        self.in_frame(4, disp);
         self.bytes(&[imm]);
     }
     /// `or byte [frame + disp], imm`.
     pub fn or_frame8(&mut self, disp: usize, imm: u8) {
-        self.bytes(&[0x80, 0x8c, 0x24]);
-        self.u32(disp as u32);
+        self.bytes(&[0x80]);
+        self.in_frame(1, disp);
         self.bytes(&[imm]);
     }
     /// `xor reg32, [frame + disp]`.
@@ -338,13 +352,13 @@ impl Emitter {
     }
     /// `jmp [frame + disp]`.
     pub fn jmp_frame(&mut self, disp: usize) {
-        self.bytes(&[0xff, 0xa4, 0x24]);
-        self.u32(disp as u32);
+        self.bytes(&[0xff]);
+        self.in_frame(4, disp);
     }
     /// `call [frame + disp]`.
     pub fn call_frame(&mut self, disp: usize) {
-        self.bytes(&[0xff, 0x94, 0x24]);
-        self.u32(disp as u32);
+        self.bytes(&[0xff]);
+        self.in_frame(2, disp);
     }
     /// `mov reg, imm` in the shortest form, flags kept.
     pub fn mov_imm(&mut self, reg: u8, imm: u64) {
@@ -426,8 +440,7 @@ impl Emitter {
             0x80 | (!src & 0xf) << 3 | 2,
             0xf5,
         ]);
-        self.bytes(&[0x84 | (dst & 7) << 3, 0x24]);
-        self.u32(disp as u32);
+        self.in_frame(dst, disp);
     }
     /// `rorx dst, src, n` (BMI2, keeps flags).
     pub fn rorx(&mut self, dst: u8, src: u8, n: u8) {
@@ -474,10 +487,20 @@ impl Emitter {
         self.bytes(&[0x0f, 0x80 | cc]);
         self.fixup(l);
     }
+    /// Bytes that are not code.
+    pub fn data(&mut self, b: &[u8]) {
+        self.bytes(b);
+    }
     /// `jmp label`.
     pub fn jmp(&mut self, l: Label) {
         self.bytes(&[0xe9]);
         self.fixup(l);
+    }
+    /// `jmp` to a host address within reach.
+    pub fn jmp_to(&mut self, to: u64) {
+        let next = self.address().wrapping_add(5);
+        self.bytes(&[0xe9]);
+        self.u32(to.wrapping_sub(next) as u32);
     }
     fn fixup(&mut self, l: Label) {
         self.fixups.push((self.code.len(), l));
@@ -502,19 +525,19 @@ impl Emitter {
         assert!(n < 128, "short jump");
         self.code[at - 1] = n as u8;
     }
-    /// Saves the arithmetic flags in `FrameArea::flags`; RAX goes to its home and comes back.
+    /// Saves the arithmetic flags in `Hot::flags` and RAX in `Hot::save_rax`; keeps RAX.
     pub fn save_flags(&mut self) {
-        use super::layout::{FLAGS, gpr};
-        self.store(gpr(0), 0);
+        use super::layout::{FLAGS, SAVE_RAX};
+        self.store(SAVE_RAX, 0);
         self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
         self.store(FLAGS, 0);
-        self.load(0, gpr(0));
+        self.load(0, SAVE_RAX);
     }
-    /// Brings back what [`Emitter::save_flags`] saved. RAX's home must still hold RAX.
+    /// Brings back what [`Emitter::save_flags`] saved.
     pub fn restore_flags(&mut self) {
-        use super::layout::{FLAGS, gpr};
+        use super::layout::{FLAGS, SAVE_RAX};
         self.load(0, FLAGS);
         self.bytes(&[0x04, 0x7f, 0x9e]); // add al, 7fh; sahf
-        self.load(0, gpr(0));
+        self.load(0, SAVE_RAX);
     }
 }

@@ -29,7 +29,7 @@ use iced_x86::{
 use self::classify::{
     Fpu, ends_block, fpu_kind, is_hint, may_keep_flags, stack_op, uses_mask, uses_vector,
 };
-use super::cache::{Block, BlockKey, Exit};
+use super::cache::{Block, BlockKey, Exit, OtherEntries};
 use super::code_tlb::PageCheck;
 use super::emit::{Address, Depends, Emitter, Label, T0, T1};
 use super::layout::{self, reason};
@@ -44,6 +44,8 @@ const ARITH: u32 = RflagsBits::OF
     | RflagsBits::CF
     | RflagsBits::PF;
 const SP: usize = 4;
+/// LIMIT: guest instructions of a block, whatever the options say.
+const INSNS_MAX: usize = 64;
 const HOST_SP: u8 = 15;
 
 /// What the host CPU offers the emitter.
@@ -67,13 +69,11 @@ enum Cold {
         at: Label,
         retry: Label,
         done: Label,
-        tags: usize,
-        desc: u32,
-        rip: u64,
+        size: usize,
+        bits: u8,
     },
     Poll {
         at: Label,
-        rip: u64,
     },
     FpuLoad {
         at: Label,
@@ -81,7 +81,6 @@ enum Cold {
     },
     ExitStub {
         at: Label,
-        exit: usize,
     },
     JumpFar {
         at: Label,
@@ -95,7 +94,6 @@ enum Cold {
     Moved {
         at: Label,
         with_rcx: Option<Label>,
-        rip: u64,
     },
     /// Leave at `rip` so that the run loop takes a waiting interrupt; `shadow`: after STI, one
     /// instruction later.
@@ -109,7 +107,8 @@ enum Cold {
         at: Label,
         retry: Label,
         disp: i32,
-        desc: u32,
+        span: u32,
+        bits: u8,
         exit: usize,
         stub: Label,
     },
@@ -163,9 +162,26 @@ impl Tools {
 /// The ways into a block.
 struct Prologue {
     entry: Label,
-    far: Label,
-    checked: Label,
+    /// The far and the checked entry.
+    others: Option<(Label, Label)>,
     polls: bool,
+}
+
+/// Where a block that has no other entries than the plain one is to get them.
+#[derive(Clone, Copy, Debug)]
+pub struct Entries {
+    /// The block's RIP.
+    pub rip: u64,
+    /// Host address at which they will execute.
+    pub base: u64,
+    /// Host address of the plain entry.
+    pub entry: u64,
+    /// The flags are live there.
+    pub live: bool,
+    /// The checks of the pages.
+    pub page: PageCheck,
+    /// See `page`.
+    pub second: Option<PageCheck>,
 }
 
 /// Which block is translated, and where it goes.
@@ -182,6 +198,9 @@ pub struct Place {
     pub page: PageCheck,
     /// It is one instruction that reaches into the next page: the same for that.
     pub second: Option<PageCheck>,
+    /// It is wanted by jumps from other pages or through the jump cache. If that turns out later,
+    /// [`emit_entries`] makes a way in.
+    pub entries: bool,
 }
 
 /// The translation of one block.
@@ -190,7 +209,6 @@ pub struct Front<'a> {
     key: BlockKey,
     options: &'a SoftOptions,
     host: HostFeatures,
-    first_exit: u32,
     fpu_ready: bool,
     /// T1 holds what `FrameArea::run_delta` does.
     t1_delta: bool,
@@ -236,6 +254,103 @@ fn reg_named(n: u8, size: usize) -> Register {
     base + u32::from(n)
 }
 
+/// What [`emit_checks`] leaves to be bound.
+struct Checks {
+    far: Label,
+    checked: Label,
+    lost: Label,
+    moved: Label,
+    moved_rcx: Option<Label>,
+}
+
+/// The checked entry proves that R10 is the block's RIP, and goes on with the far entry, which
+/// proves that the mapping is the one that was translated, and goes on with what follows. Every way
+/// in from another page polls the exit request: here where the flags are live, else the plain entry
+/// does.
+fn emit_checks(e: &mut Emitter, rip: u64, pages: [Option<PageCheck>; 2], live: bool) -> Checks {
+    let pages = pages.into_iter().flatten();
+    let diff = |index: Option<(u8, u8)>, disp: u32| Address {
+        base: Some(1),
+        index,
+        disp: disp as i32,
+    };
+    // Flag-free even if the flags are dead here: another block's jump may arrive by a
+    // collision in the jump cache, and the flags may be live where it really goes.
+    let checked = e.here();
+    let lost = e.label();
+    e.mov(T1, 1, true);
+    e.mov_rip(1, rip.wrapping_neg(), Depends::NegRip);
+    e.lea(1, diff(Some((T0, 0)), 0), true);
+    e.jrcxz_over(|e| e.jmp(lost));
+    e.mov(1, T1, true);
+    let far = e.here();
+    let moved = e.label();
+    let mut moved_rcx = None;
+    if live {
+        let with_rcx = e.label();
+        e.mov(T1, 1, true);
+        e.load32(T0, layout::EXIT_REQUEST);
+        for p in pages {
+            e.load_code_slot(1, layout::code_tlb(p.slot));
+            e.lea(1, diff(Some((T0, 0)), p.value.wrapping_neg()), false);
+            e.jrcxz_over(|e| e.jmp(with_rcx));
+        }
+        e.mov(1, T1, true);
+        moved_rcx = Some(with_rcx);
+    } else {
+        for p in pages {
+            e.cmp_code_slot(layout::code_tlb(p.slot), p.value);
+            e.jcc(5, moved);
+        }
+    }
+    Checks {
+        far,
+        checked,
+        lost,
+        moved,
+        moved_rcx,
+    }
+}
+
+/// R10 is the RIP of something else; RCX is in R11.
+fn emit_lost(e: &mut Emitter, at: Label) {
+    e.bind(at);
+    e.mov(1, T1, true);
+    e.jmp_frame(layout::STUB_MISS);
+}
+
+/// The page may be mapped to something else by now; at `with_rcx`, RCX is in R11.
+fn emit_moved(e: &mut Emitter, at: Label, with_rcx: Option<Label>) {
+    if let Some(l) = with_rcx {
+        e.bind(l);
+        e.mov(1, T1, true);
+    }
+    e.bind(at);
+    e.call_frame(layout::STUB_MOVED);
+}
+
+/// Bytes of the call of a stub whose address is in `Hot`.
+pub const STUB_CALL_BYTES: u64 = 4;
+
+/// LIMIT: bytes of what [`emit_entries`] emits.
+pub const ENTRIES_BYTES_MAX: usize = 256;
+
+/// The far and the checked entry of a block that was translated without them: the code, and where
+/// they are in it.
+pub fn emit_entries(tools: &mut Tools, x: Entries) -> (&[u8], OtherEntries) {
+    let e = &mut tools.e;
+    e.restart(x.base);
+    let c = emit_checks(e, x.rip, [Some(x.page), x.second], x.live);
+    e.jmp_to(x.entry);
+    emit_moved(e, c.moved, c.moved_rcx);
+    emit_lost(e, c.lost);
+    let others = OtherEntries {
+        far: e.offset_of(c.far) as u32,
+        checked: e.offset_of(c.checked) as u32,
+    };
+    (e.finish(), others)
+}
+
 impl<'a> Front<'a> {
     /// Translates the block at `bytes` (from the block's first byte, within its page).
     pub fn translate(
@@ -262,7 +377,6 @@ impl<'a> Front<'a> {
             key,
             options,
             host,
-            first_exit,
             fpu_ready: false,
             t1_delta: false,
             code64: key.mode & mode::CODE64 != 0,
@@ -277,8 +391,7 @@ impl<'a> Front<'a> {
         f.decode(bytes, allows, most, &mut list);
         let Prologue {
             entry,
-            far,
-            checked,
+            others,
             polls,
         } = f.prologue(&list, &place);
         let mut map = Vec::with_capacity(list.len().max(1));
@@ -308,10 +421,13 @@ impl<'a> Front<'a> {
         let block = Block {
             key,
             entry: f.t.e.offset_of(entry) as u32,
-            checked_entry: f.t.e.offset_of(checked) as u32,
+            others: others.map(|(far, checked)| OtherEntries {
+                far: f.t.e.offset_of(far) as u32,
+                checked: f.t.e.offset_of(checked) as u32,
+            }),
+            flags_live: list.first().is_none_or(|d| d.live != 0),
             start: 0,
             end: f.t.e.len() as u32,
-            far_entry: f.t.e.offset_of(far) as u32,
             page,
             second: None,
             guest_len: next_rip.wrapping_sub(key.rip).clamp(1, 4096) as u32,
@@ -362,7 +478,7 @@ impl<'a> Front<'a> {
         let bits = if self.code64 { 64 } else { 32 };
         let mut dec = Decoder::with_ip(bits, bytes, self.key.rip, self.host.decoder);
         list.clear();
-        while list.len() < insns_max && dec.can_decode() {
+        while list.len() < insns_max.min(INSNS_MAX) && dec.can_decode() {
             let i = dec.decode();
             if i.is_invalid() {
                 // Undefined, or cut off by the end of the page: the interpreter knows.
@@ -569,65 +685,26 @@ impl<'a> Front<'a> {
         }
     }
 
-    /// Entry points. The checked entry proves that R10 is this block's RIP, and goes on with the
-    /// far entry, which proves that the mapping is the one that was translated, and goes on with
-    /// the plain entry. Every way in from another page polls the exit request; the plain entry may.
+    /// Entry points: the others, if they are wanted, and the plain one, which may poll.
     fn prologue(&mut self, list: &[Decoded], place: &Place) -> Prologue {
         let live = list.first().is_none_or(|d| d.live != 0);
-        let rip = self.key.rip;
-        let pages = [Some(place.page), place.second];
-        let pages = pages.into_iter().flatten();
-        let diff = |index: Option<(u8, u8)>, disp: u32| Address {
-            base: Some(1),
-            index,
-            disp: disp as i32,
-        };
-        // Flag-free even if the flags are dead here: another block's jump may arrive by a
-        // collision in the jump cache, and the flags may be live where it really goes.
-        let checked = self.t.e.here();
-        let lost = self.t.e.label();
-        self.t.e.mov(T1, 1, true);
-        self.t.e.mov_rip(1, rip.wrapping_neg(), Depends::NegRip);
-        self.t.e.lea(1, diff(Some((T0, 0)), 0), true);
-        self.t.e.jrcxz_over(|e| e.jmp(lost));
-        self.t.e.mov(1, T1, true);
-        let far = self.t.e.here();
-        let moved = self.t.e.label();
-        if live {
-            let moved_rcx = self.t.e.label();
-            self.t.e.mov(T1, 1, true);
-            self.t.e.load32(T0, layout::EXIT_REQUEST);
-            for p in pages {
-                self.t.e.load_code_slot(1, layout::code_tlb(p.slot));
-                self.t
-                    .e
-                    .lea(1, diff(Some((T0, 0)), p.value.wrapping_neg()), false);
-                self.t.e.jrcxz_over(|e| e.jmp(moved_rcx));
-            }
-            self.t.e.mov(1, T1, true);
+        let mut others = None;
+        if place.entries {
+            let pages = [Some(place.page), place.second];
+            let e = emit_checks(&mut self.t.e, self.key.rip, pages, live);
             self.t.cold.push(Cold::Moved {
-                at: moved,
-                with_rcx: Some(moved_rcx),
-                rip,
+                at: e.moved,
+                with_rcx: e.moved_rcx,
             });
-        } else {
-            for p in pages {
-                self.t.e.cmp_code_slot(layout::code_tlb(p.slot), p.value);
-                self.t.e.jcc(5, moved);
-            }
-            self.t.cold.push(Cold::Moved {
-                at: moved,
-                with_rcx: None,
-                rip,
-            });
+            self.t.cold.push(Cold::Lost { at: e.lost });
+            others = Some((e.far, e.checked));
         }
-        self.t.cold.push(Cold::Lost { at: lost });
         let entry = self.t.e.here();
         let at = self.t.e.label();
         if !live {
             self.t.e.cmp_frame32_zero(layout::EXIT_REQUEST);
             self.t.e.jcc(5, at);
-            self.t.cold.push(Cold::Poll { at, rip });
+            self.t.cold.push(Cold::Poll { at });
         } else if place.force_poll {
             self.t.e.store(layout::SAVE_RCX, 1);
             self.t.e.load32(1, layout::EXIT_REQUEST);
@@ -636,12 +713,11 @@ impl<'a> Front<'a> {
                 e.jmp(at);
             });
             self.t.e.load(1, layout::SAVE_RCX);
-            self.t.cold.push(Cold::Poll { at, rip });
+            self.t.cold.push(Cold::Poll { at });
         }
         Prologue {
             entry,
-            far,
-            checked,
+            others,
             polls: !live || place.force_poll,
         }
     }
@@ -745,56 +821,34 @@ impl<'a> Front<'a> {
                     at,
                     retry,
                     done,
-                    tags,
-                    desc,
-                    rip,
+                    size,
+                    bits,
                 } => {
+                    let after = self.t.e.offset_of(done) - self.t.e.offset_of(retry);
+                    self.t.e.data(&[after as u8, size as u8, bits]);
                     self.t.e.bind(at);
-                    self.t.e.table_op(0x33, T0, tags); // T0 = linear address again
-                    self.t.e.store_rip(layout::RIP, rip, T1);
-                    self.t.e.mov_imm(T1, u64::from(desc));
                     self.t.e.call_frame(layout::STUB_SLOW);
                     self.t.e.jmp(retry);
-                    self.t.e.jmp(done);
                 }
-                Cold::Poll { at, rip } => {
+                Cold::Poll { at } => {
                     self.t.e.bind(at);
-                    self.t.e.store_rip(layout::RIP, rip, T0);
-                    self.t.e.store_imm32(layout::REASON, reason::POLL);
-                    self.t.e.jmp_frame(layout::STUB_EXIT);
+                    self.t.e.call_frame(layout::STUB_POLL);
                 }
                 Cold::FpuLoad { at, back } => {
                     self.t.e.bind(at);
                     self.t.e.call_frame(layout::STUB_FPU);
                     self.t.e.jmp(back);
                 }
-                Cold::ExitStub { at, exit } => {
+                Cold::ExitStub { at } => {
                     self.t.e.bind(at);
-                    let target = self.t.exits[exit].0.target;
-                    self.t.e.store_rip(layout::RIP, target, T0);
-                    self.t.e.store_imm32(layout::REASON, reason::LINK);
-                    let id = self.first_exit + exit as u32;
-                    self.t.e.store_dependent(layout::LINK, id, Depends::Exit);
-                    self.t.e.jmp_frame(layout::STUB_EXIT);
+                    self.t.e.call_frame(layout::STUB_LINK);
                 }
                 Cold::JumpFar { at, target } => {
                     self.t.e.bind(at);
                     self.far_jump(target);
                 }
-                Cold::Lost { at } => {
-                    self.t.e.bind(at);
-                    self.t.e.mov(1, T1, true);
-                    self.t.e.jmp_frame(layout::STUB_MISS);
-                }
-                Cold::Moved { at, with_rcx, rip } => {
-                    if let Some(l) = with_rcx {
-                        self.t.e.bind(l);
-                        self.t.e.mov(1, T1, true);
-                    }
-                    self.t.e.bind(at);
-                    self.t.e.mov_rip(T0, rip, Depends::Rip);
-                    self.t.e.jmp_frame(layout::STUB_MISS);
-                }
+                Cold::Lost { at } => emit_lost(&mut self.t.e, at),
+                Cold::Moved { at, with_rcx } => emit_moved(&mut self.t.e, at, with_rcx),
                 Cold::Waiting { at, rip, shadow } => {
                     self.t.e.bind(at);
                     if shadow {
@@ -808,22 +862,18 @@ impl<'a> Front<'a> {
                     at,
                     retry,
                     disp,
-                    desc,
+                    span,
+                    bits,
                     exit,
                     stub,
                 } => {
+                    self.t.e.data(&disp.to_le_bytes());
+                    self.t.e.data(&[span as u8, bits]);
                     self.t.e.bind(at);
-                    let first = Address {
-                        base: Some(HOST_SP),
-                        index: None,
-                        disp,
-                    };
-                    self.t.e.lea(T0, first, true);
-                    self.t.e.mov_imm(T1, u64::from(desc));
                     // Comes back after the first jump if that cannot serve the run.
                     self.t.e.call_frame(layout::STUB_STACK);
                     self.t.e.jmp(retry);
-                    if desc & crate::xlate::stubs::DESC_FLAGS_SAVED != 0 {
+                    if bits & crate::xlate::stubs::FLAGS_SAVED != 0 {
                         self.t.e.restore_flags();
                     }
                     self.t.e.jmp(stub);

@@ -1,7 +1,7 @@
 //! Golden files of emitted code: a change of what a typical guest sequence costs shows up in a diff.
 //!
-//! Each file has the guest's instructions, the host's in the order in which they lie in memory, and
-//! their number on the way that is taken when every check hits. `PYRITE_ACCEPT_GOLDEN=1` rewrites
+//! Each file has the guest's instructions, the host's up to the way out that is taken when every
+//! check hits, and their number. `PYRITE_ACCEPT_GOLDEN=1` rewrites
 //! the files.
 
 use std::fmt::Write as _;
@@ -94,7 +94,6 @@ fn frame_names() -> Vec<(usize, &'static str)> {
         (layout::VALUE, "value"),
         (layout::SAVE_RCX, "save_rcx"),
         (layout::REASON, "reason"),
-        (layout::LINK, "link"),
         (layout::BRANCH, "branch"),
         (layout::FPU_LIVE, "fpu_live"),
         (layout::TLB_MASK, "tlb_mask"),
@@ -108,6 +107,10 @@ fn frame_names() -> Vec<(usize, &'static str)> {
         (layout::STUB_STEP, "stub_step"),
         (layout::STUB_STEP_JUMP, "stub_step_jump"),
         (layout::STUB_STACK, "stub_stack"),
+        (layout::STUB_LINK, "stub_link"),
+        (layout::STUB_POLL, "stub_poll"),
+        (layout::STUB_MOVED, "stub_moved"),
+        (layout::SAVE_RAX, "save_rax"),
         (layout::jump_cache(2), "jump_cache"),
         (layout::tlb_read(2), "tlb.read"),
         (layout::tlb_write(2), "tlb.write"),
@@ -130,14 +133,15 @@ fn operands(i: &Instruction, names: &[(usize, &str)]) -> String {
     {
         let disp = i.memory_displacement64() as usize;
         if let Ok(n) = names.binary_search_by_key(&disp, |n| n.0) {
-            let mut shown = String::new();
-            for part in text.split_inclusive('+') {
-                shown.push_str(part);
-            }
+            let shown = text;
             let hex = format!("{disp:X}h");
-            return shown
-                .replace(&format!("0{hex}"), names[n].1)
-                .replace(&hex, names[n].1);
+            return match disp {
+                0 => shown.replace("[rsp]", &format!("[rsp+{}]", names[n].1)),
+                1..=9 => shown.replace(&format!("+{disp}]"), &format!("+{}]", names[n].1)),
+                _ => shown
+                    .replace(&format!("0{hex}"), names[n].1)
+                    .replace(&hex, names[n].1),
+            };
         }
     }
     text
@@ -162,6 +166,7 @@ fn golden(bytes: &[u8]) -> String {
         force_poll: false,
         page: PageCheck { slot: 5, value: 77 },
         second: None,
+        entries: true,
     };
     let mut tools = Tools::new();
     let t = Front::translate(&mut tools, bytes, place, &|_| true, &options, host);
@@ -184,19 +189,21 @@ fn golden(bytes: &[u8]) -> String {
     let mut d = Decoder::with_ip(64, t.code, BASE, 0);
     let (mut body, mut hot, mut lines) = (0usize, true, String::new());
     let mut hot_bytes = 0;
-    while d.can_decode() {
+    // What is out of the way is mixed with data.
+    while d.can_decode() && hot {
         let i = d.decode();
         let at = i.ip() - BASE;
-        if at == u64::from(t.block.checked_entry) {
+        let others = t.block.others.expect("asked for");
+        if at == u64::from(others.checked) {
             let _ = writeln!(lines, "  checked entry:");
         }
-        if at == u64::from(t.block.far_entry) {
+        if at == u64::from(others.far) {
             let _ = writeln!(lines, "  entry from other pages:");
         }
         if at == u64::from(t.block.entry) {
             let _ = writeln!(lines, "  entry:");
         }
-        if hot && at >= u64::from(t.block.entry) {
+        if at >= u64::from(t.block.entry) {
             body += 1;
         }
         let _ = writeln!(lines, "    {}", operands(&i, &names));
@@ -207,10 +214,9 @@ fn golden(bytes: &[u8]) -> String {
         );
         // A jump over the next instructions stays.
         let near = i.is_jmp_short();
-        if hot && at >= u64::from(t.block.entry) && leaves && !near {
+        if at >= u64::from(t.block.entry) && leaves && !near {
             hot = false;
             hot_bytes = i.next_ip() - BASE;
-            let _ = writeln!(lines, "  cold:");
         }
     }
     let _ = writeln!(

@@ -1,6 +1,7 @@
 //! Offsets that emitted code and the stubs use, and the translator's part of the frame.
 
 use std::mem::offset_of;
+use std::sync::atomic::AtomicU32;
 
 use pyrite_x86::{CpuState, Msrs, Segment};
 
@@ -29,59 +30,78 @@ pub const fn jump_slot(rip: u64) -> usize {
 #[repr(C, align(64))]
 pub struct SplitOperand(pub [u8; 128]);
 
-/// What emitted code and its stubs keep for themselves in the [`Frame`].
-#[repr(C)]
-pub struct FrameArea {
+/// The part of the [`Frame`] that emitted code touches all the time: it lies within the reach of a
+/// displacement of one byte, which keeps the code small.
+#[repr(C, align(64))]
+pub struct Hot {
+    /// PEXT mask for the soft-TLB slot.
+    pub tlb_mask: u64,
+    /// Host address less linear address, for the accesses of a run.
+    pub run_delta: u64,
+    /// [`crate::frame::EXIT_WANTED`]: leave translated code at the next poll; else 0. Set by any
+    /// thread.
+    pub exit_request: AtomicU32,
+    /// Not 0: the guest's vector and x87 state is in the host's registers.
+    pub fpu_live: u32,
     /// Arithmetic flags in LAHF form: AH as LAHF stores it, AL = OF.
     pub flags: u64,
-    /// The host stack while translated code runs.
-    pub host_rsp: u64,
+    /// RAX while the flags are saved around a check.
+    pub save_rax: u64,
+    /// Spill slot for RCX in flag-free tests.
+    pub save_rcx: u64,
+    /// PEXT mask for the jump-cache entry.
+    pub jc_mask: u64,
+    /// Low half of the host address of the indirect JMP or RET that ran last in 64-bit mode.
+    pub branch: u32,
+    /// Why translated code was left: a [`reason`].
+    pub reason: u32,
     /// Where to enter, or the target of an indirect branch in the making.
     pub target: u64,
     /// Spill slot for a value on its way from one memory operand to another.
     pub value: u64,
-    /// Spill slot for RCX in flag-free tests.
-    pub save_rcx: u64,
-    /// Why translated code was left: a [`reason`].
-    pub reason: u32,
-    /// Which exit was taken, for `reason::LINK`.
-    pub link: u32,
+    /// Addresses of the stubs, because the code cache may be out of reach of a near call.
+    pub stub_slow: u64,
+    /// See `stub_slow`.
+    pub stub_link: u64,
+    /// See `stub_slow`.
+    pub stub_poll: u64,
+    /// See `stub_slow`.
+    pub stub_moved: u64,
+    /// See `stub_slow`.
+    pub stub_stack: u64,
+    /// See `stub_slow`.
+    pub stub_fpu: u64,
+}
+
+const _: () = assert!(size_of::<Hot>() == 128 && offset_of!(Frame, hot) == 0);
+
+/// What emitted code and its stubs keep for themselves in the [`Frame`].
+#[repr(C)]
+pub struct FrameArea {
+    /// The host stack while translated code runs.
+    pub host_rsp: u64,
     /// Host address of the instruction that raised a signal.
     pub fault_rip: u64,
-    /// Not 0: the guest's vector and x87 state is in the host's registers.
-    pub fpu_live: u32,
+    /// Host address after the call of `stub_link`, `stub_poll` or `stub_moved` that left.
+    pub left_at: u64,
     /// Component mask for XSAVE and XRSTOR.
     pub xsave_mask: u32,
     /// Not 0: an interrupt waits for IF.
     pub irq_waiting: u32,
-    /// Low half of the host address of the indirect JMP or RET that ran last in 64-bit mode.
-    pub branch: u32,
-    /// PEXT masks for the soft-TLB slot and the jump-cache entry.
-    pub tlb_mask: u64,
-    /// See `tlb_mask`.
-    pub jc_mask: u64,
-    /// Addresses of the stubs, because the code cache may be out of reach of a near call.
+    /// As `Hot::stub_slow`.
     pub stub_exit: u64,
     /// See `stub_exit`.
     pub stub_miss: u64,
     /// See `stub_exit`.
-    pub stub_slow: u64,
-    /// See `stub_exit`.
-    pub stub_fpu: u64,
-    /// See `stub_exit`.
     pub stub_step: u64,
     /// See `stub_exit`.
     pub stub_step_jump: u64,
-    /// See `stub_exit`.
-    pub stub_stack: u64,
     /// Addresses of the paths of `fast.rs`, by [`super::fast::Path`].
     pub fast: [u64; super::fast::PATHS],
     /// A copy of an operand that lies in two pages, at its own alignment.
     pub split: SplitOperand,
     /// Address of that copy.
     pub split_at: u64,
-    /// Host address less linear address, for the accesses of a run.
-    pub run_delta: u64,
     /// PEXT mask of the bits that are equal in a canonical address.
     pub canonical_mask: u64,
     /// Where the VM's TSC offset is, an `AtomicI64`.
@@ -107,21 +127,26 @@ pub struct FrameArea {
 
 /// Why translated code was left.
 pub mod reason {
-    /// A direct exit that is not linked yet: `FrameArea::link` names it.
+    /// A direct exit that is not linked yet: `FrameArea::left_at` tells which.
     pub const LINK: u32 = 1;
     /// A branch whose target must be looked up.
     pub const LOOKUP: u32 = 2;
-    /// The exit request was seen at a block's entry.
+    /// The exit request was seen, at RIP.
     pub const POLL: u32 = 3;
     /// The instruction at RIP needs the interpreter.
     pub const INTERPRET: u32 = 4;
     /// An instruction was interpreted in place and the block cannot go on.
     pub const STEPPED: u32 = 6;
+    /// As `POLL`, at the entry of the block around `FrameArea::left_at`.
+    pub const POLL_ENTRY: u32 = 7;
+    /// The page of the block around `FrameArea::left_at` must be looked up.
+    pub const MOVED: u32 = 8;
     /// A host signal: `FrameArea::fault_rip` tells where.
     pub const SIGNAL: u32 = 5;
 }
 
 const X: usize = offset_of!(Frame, xlate);
+const H: usize = offset_of!(Frame, hot);
 const C: usize = offset_of!(Frame, cpu);
 
 /// Offset of a guest register's home.
@@ -135,9 +160,9 @@ pub const fn fast(path: super::fast::Path) -> usize {
     X + offset_of!(FrameArea, fast) + 8 * path as usize
 }
 pub const SPLIT_AT: usize = X + offset_of!(FrameArea, split_at);
-pub const RUN_DELTA: usize = X + offset_of!(FrameArea, run_delta);
+pub const RUN_DELTA: usize = H + offset_of!(Hot, run_delta);
 pub const CANONICAL_MASK: usize = X + offset_of!(FrameArea, canonical_mask);
-pub const STUB_STACK: usize = X + offset_of!(FrameArea, stub_stack);
+pub const STUB_STACK: usize = H + offset_of!(Hot, stub_stack);
 pub const TSC_OFFSET_AT: usize = X + offset_of!(FrameArea, tsc_offset_at);
 pub const CR4: usize = C + offset_of!(CpuState, cr4);
 pub const EFER: usize = C + offset_of!(CpuState, efer);
@@ -177,23 +202,27 @@ pub const fn seg_base(n: usize) -> usize {
 pub const RFLAGS: usize = C + offset_of!(CpuState, rflags);
 pub const SHADOW: usize = C + offset_of!(CpuState, interrupt_shadow);
 pub const IRQ_WAITING: usize = X + offset_of!(FrameArea, irq_waiting);
-pub const BRANCH: usize = X + offset_of!(FrameArea, branch);
-pub const EXIT_REQUEST: usize = offset_of!(Frame, exit_request);
-pub const FLAGS: usize = X + offset_of!(FrameArea, flags);
+pub const BRANCH: usize = H + offset_of!(Hot, branch);
+pub const EXIT_REQUEST: usize = H + offset_of!(Hot, exit_request);
+pub const SAVE_RAX: usize = H + offset_of!(Hot, save_rax);
+pub const STUB_LINK: usize = H + offset_of!(Hot, stub_link);
+pub const STUB_POLL: usize = H + offset_of!(Hot, stub_poll);
+pub const STUB_MOVED: usize = H + offset_of!(Hot, stub_moved);
+pub const LEFT_AT: usize = X + offset_of!(FrameArea, left_at);
+pub const FLAGS: usize = H + offset_of!(Hot, flags);
 pub const HOST_RSP: usize = X + offset_of!(FrameArea, host_rsp);
-pub const TARGET: usize = X + offset_of!(FrameArea, target);
-pub const VALUE: usize = X + offset_of!(FrameArea, value);
-pub const SAVE_RCX: usize = X + offset_of!(FrameArea, save_rcx);
-pub const REASON: usize = X + offset_of!(FrameArea, reason);
-pub const LINK: usize = X + offset_of!(FrameArea, link);
-pub const FPU_LIVE: usize = X + offset_of!(FrameArea, fpu_live);
+pub const TARGET: usize = H + offset_of!(Hot, target);
+pub const VALUE: usize = H + offset_of!(Hot, value);
+pub const SAVE_RCX: usize = H + offset_of!(Hot, save_rcx);
+pub const REASON: usize = H + offset_of!(Hot, reason);
+pub const FPU_LIVE: usize = H + offset_of!(Hot, fpu_live);
 pub const XSAVE_MASK: usize = X + offset_of!(FrameArea, xsave_mask);
-pub const TLB_MASK: usize = X + offset_of!(FrameArea, tlb_mask);
-pub const JC_MASK_AT: usize = X + offset_of!(FrameArea, jc_mask);
+pub const TLB_MASK: usize = H + offset_of!(Hot, tlb_mask);
+pub const JC_MASK_AT: usize = H + offset_of!(Hot, jc_mask);
 pub const STUB_EXIT: usize = X + offset_of!(FrameArea, stub_exit);
 pub const STUB_MISS: usize = X + offset_of!(FrameArea, stub_miss);
-pub const STUB_SLOW: usize = X + offset_of!(FrameArea, stub_slow);
-pub const STUB_FPU: usize = X + offset_of!(FrameArea, stub_fpu);
+pub const STUB_SLOW: usize = H + offset_of!(Hot, stub_slow);
+pub const STUB_FPU: usize = H + offset_of!(Hot, stub_fpu);
 pub const STUB_STEP: usize = X + offset_of!(FrameArea, stub_step);
 pub const STUB_STEP_JUMP: usize = X + offset_of!(FrameArea, stub_step_jump);
 pub const EXPECTED: usize = X + offset_of!(FrameArea, expected);

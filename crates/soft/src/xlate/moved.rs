@@ -41,11 +41,6 @@ pub fn copy(cache: &Cache, id: u32, to: &Target, code: &mut Vec<u8>) -> Option<(
         match depends {
             Depends::Rip => change64(code, at, |v| v.wrapping_add(by))?,
             Depends::NegRip => change64(code, at, |v| v.wrapping_sub(by))?,
-            Depends::Exit => {
-                change32(code, at, |v| {
-                    v.wrapping_sub(b.first_exit).wrapping_add(to.first_exit)
-                })?;
-            }
             Depends::CodeSlot => {
                 change32(code, at, |_| layout::code_tlb(to.page.slot) as u32)?;
             }
@@ -73,8 +68,9 @@ pub fn copy(cache: &Cache, id: u32, to: &Target, code: &mut Vec<u8>) -> Option<(
     let block = Block {
         key: to.key,
         entry: b.entry - b.start,
-        checked_entry: b.checked_entry - b.start,
-        far_entry: b.far_entry - b.start,
+        // Those that were made later are not in the code that is copied.
+        others: b.others.filter(|o| o.far < b.end).map(|o| o.less(b.start)),
+        flags_live: b.flags_live,
         start: 0,
         end: b.end - b.start,
         page: to.page,
@@ -156,6 +152,7 @@ mod tests {
             force_poll: false,
             page: PageCheck { slot, value: 77 },
             second: None,
+            entries: true,
         }
     }
 

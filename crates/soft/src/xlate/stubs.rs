@@ -131,12 +131,68 @@ pub unsafe extern "sysv64" fn signal_exit() {
     )
 }
 
-/// Bit of the descriptor in R11: the flags are already in `FrameArea::flags`.
-pub const DESC_FLAGS_SAVED: u32 = 1 << 24;
+/// A direct exit that is not linked: called from where the exit's jump leads.
+///
+/// # Safety
+/// Only from translated code, by CALL; does not return.
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn link() {
+    naked_asm!(
+        "pop qword ptr [rsp + {left_at}]",
+        "mov dword ptr [rsp + {reason}], {link}",
+        "jmp {exit}",
+        left_at = const layout::LEFT_AT, reason = const layout::REASON,
+        link = const reason::LINK, exit = sym exit,
+    )
+}
 
-/// Soft-TLB miss. Called with R10 = linear address, R11 = descriptor (size in bits 0-7, write in
-/// bit 8, view in bits 16-17, [`DESC_FLAGS_SAVED`]) and the instruction's RIP in the frame.
-/// Returns to try again; or 5 bytes further, with the operand, which lies in two pages and is only
+/// The exit request was seen at a block's entry.
+///
+/// # Safety
+/// Only from translated code, by CALL; does not return.
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn poll() {
+    naked_asm!(
+        "pop qword ptr [rsp + {left_at}]",
+        "mov dword ptr [rsp + {reason}], {poll}",
+        "jmp {exit}",
+        left_at = const layout::LEFT_AT, reason = const layout::REASON,
+        poll = const reason::POLL_ENTRY, exit = sym exit,
+    )
+}
+
+/// The page of a block that was jumped to must be looked up.
+///
+/// # Safety
+/// Only from translated code, by CALL; does not return.
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn moved() {
+    naked_asm!(
+        "pop qword ptr [rsp + {left_at}]",
+        "mov dword ptr [rsp + {reason}], {moved}",
+        "jmp {exit}",
+        left_at = const layout::LEFT_AT, reason = const layout::REASON,
+        moved = const reason::MOVED, exit = sym exit,
+    )
+}
+
+/// Bit of an access: a store.
+pub const WRITE: u8 = 1;
+/// Where the view is in the bits of an access.
+pub const VIEW_SHIFT: u8 = 1;
+/// Bit of an access: the flags are already in `Hot::flags`.
+pub const FLAGS_SAVED: u8 = 8;
+
+/// The bits of an access.
+pub fn bits(write: bool, view: usize, flags_saved: bool) -> u8 {
+    let saved = if flags_saved { FLAGS_SAVED } else { 0 };
+    (if write { WRITE } else { 0 }) | (view as u8) << VIEW_SHIFT | saved
+}
+
+/// Soft-TLB miss. Called with R11 = slot and R10 = linear address XOR the slot's tag. Before the
+/// call stand three bytes: the distance from the check to what follows it, the operand's size, and
+/// [`bits`]; after it a jump (5 bytes) to the check.
+/// Returns to try again; or after the check, with the operand, which lies in two pages and is only
 /// read, copied to where R11 points, and R10 = 0; or leaves translated code with
 /// `reason::INTERPRET`.
 ///
@@ -148,36 +204,46 @@ pub unsafe extern "sysv64" fn slow() {
         "mov [rsp + 8 + {rax}], rax",
         "lahf",
         "seto al",
-        "bt r11d, 24",
-        "jc 2f",
-        "mov [rsp + 8 + {flags}], rax",
-        "2:",
         "mov [rsp + 8 + {rcx}], rcx",
         "mov [rsp + 8 + {rdx}], rdx",
         "mov [rsp + 8 + {rbx}], rbx",
-        // The second level: RDX = slot there, RCX and RAX = the view's TLBs.
-        "mov eax, r10d",
-        "and eax, 4095",
-        "movzx edx, r11b",
-        "add eax, edx",
-        "cmp eax, 4096",
-        "ja 8f",
-        "mov rdx, r10",
-        "mov rax, r10",
-        "shr rdx, 12",
-        "shr rax, 12 + {tlb_bits}",
-        "xor edx, eax",
-        "and edx, {slots}",
-        "mov eax, r11d",
-        "shr eax, 16",
+        "mov rbx, [rsp]",
+        "movzx ecx, byte ptr [rbx - {call} - 1]", // bits
+        "test cl, {saved}",
+        "jnz 2f",
+        "mov [rsp + 8 + {flags}], rax",
+        "2:",
+        // The linear address again.
+        "mov eax, ecx",
+        "shr eax, {view_shift}",
         "and eax, 3",
         "imul eax, eax, {tlb_size}",
-        "lea rcx, [rsp + rax + 8 + {tlb2}]",
         "lea rax, [rsp + rax + 8 + {tlb}]",
+        "test cl, {write_bit}",
+        "jnz 1f",
+        "xor r10, [rax + r11*8 + {read}]",
+        "jmp 3f",
+        "1:",
+        "xor r10, [rax + r11*8 + {write}]",
+        "3:",
+        "movzx r11d, byte ptr [rbx - {call} - 2]", // size
+        // The second level: RDX = slot there, RAX = the view's TLB, CL = bits.
+        "mov edx, r10d",
+        "and edx, 4095",
+        "add edx, r11d",
+        "cmp edx, 4096",
+        "ja 8f",
+        "mov rdx, r10",
+        "mov rbx, r10",
+        "shr rdx, 12",
+        "shr rbx, 12 + {tlb_bits}",
+        "xor edx, ebx",
+        "and edx, {slots}",
         "mov rbx, r10",
         "and rbx, -4096",
-        "bt r11d, 8",
-        "jc 6f",
+        "test cl, {write_bit}",
+        "lea rcx, [rax + {to_tlb2}]",
+        "jnz 6f",
         "cmp rbx, [rcx + rdx*8 + {read}]",
         "jne 8f",
         "jmp 7f",
@@ -223,18 +289,27 @@ pub unsafe extern "sysv64" fn slow() {
         "xsave64 [rsp + 8 + {xsave}]",
         "ldmxcsr [rsp + 8 + {mxcsr}]",
         "3:",
+        "mov rax, [rsp]",
         "lea rbx, [rsp + 8]",
         "mov rdi, rbx",
         "mov rsi, r10",
         "mov edx, r11d",
+        "movzx ecx, byte ptr [rax - {call} - 1]",
+        "movsxd r8, dword ptr [rax + 1]",
+        "lea r8, [rax + r8 + 5]",
         "mov rsp, [rbx + {host_rsp}]",
         "call {slow_memory}",
         "cmp eax, 1",
         "je 5f",
         "lea rsp, [rbx - 8]",
         "jb 4f",
-        // To the instruction after the jump, whose length is 5.
-        "add qword ptr [rsp], 5",
+        // To what follows the check.
+        "mov rax, [rsp]",
+        "movsxd rcx, dword ptr [rax + 1]",
+        "movzx edx, byte ptr [rax - {call} - 3]",
+        "lea rcx, [rax + rcx + 5]",
+        "add rcx, rdx",
+        "mov [rsp], rcx",
         "4:",
         "cmp dword ptr [rsp + 8 + {live}], 0",
         "je 4f",
@@ -264,12 +339,14 @@ pub unsafe extern "sysv64" fn slow() {
         "pop rbp",
         "pop rbx",
         "ret",
-        split_at = const layout::SPLIT_AT,
+        split_at = const layout::SPLIT_AT, call = const super::front::STUB_CALL_BYTES,
+        saved = const FLAGS_SAVED, write_bit = const WRITE, view_shift = const VIEW_SHIFT,
         host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS,
         live = const layout::FPU_LIVE, mask = const layout::XSAVE_MASK,
         xsave = const layout::XSAVE, mxcsr = const layout::MXCSR_HOST,
         slow_memory = sym super::slow_memory,
-        tlb = const layout::tlb(0), tlb2 = const layout::TLB2, tlb_size = const layout::TLB_SIZE,
+        tlb = const layout::tlb(0), to_tlb2 = const layout::TLB2 - layout::tlb(0),
+        tlb_size = const layout::TLB_SIZE,
         tlb_bits = const crate::frame::TLB_BITS, slots = const crate::frame::TLB_ENTRIES - 1,
         read = const layout::TLB_READ, write = const layout::TLB_WRITE,
         host = const layout::TLB_HOST, delta = const layout::TLB_DELTA,
@@ -280,8 +357,9 @@ pub unsafe extern "sysv64" fn slow() {
     )
 }
 
-/// A run's check failed. Called with R10 = linear address of its first byte, R11 = descriptor as
-/// for [`slow`]. Returns to try again if the second level has the page, else 5 bytes further.
+/// A run's check failed. Before the call stand six bytes: the run's first byte relative to RSP (32
+/// bits), its length, and [`bits`]; after it a jump (5 bytes) to the check. Returns to try again if
+/// the second level has the page, else after the jump.
 ///
 /// # Safety
 /// Only from translated code.
@@ -291,16 +369,20 @@ pub unsafe extern "sysv64" fn stack() {
         "mov [rsp + 8 + {rax}], rax",
         "lahf",
         "seto al",
-        "bt r11d, 24",
-        "jc 2f",
-        "mov [rsp + 8 + {flags}], rax",
-        "2:",
         "mov [rsp + 8 + {rcx}], rcx",
         "mov [rsp + 8 + {rdx}], rdx",
         "mov [rsp + 8 + {rbx}], rbx",
+        "mov rbx, [rsp]",
+        "movzx ecx, byte ptr [rbx - {call} - 1]", // bits
+        "test cl, {saved}",
+        "jnz 2f",
+        "mov [rsp + 8 + {flags}], rax",
+        "2:",
+        "movsxd r10, dword ptr [rbx - {call} - 6]",
+        "add r10, r15",
+        "movzx edx, byte ptr [rbx - {call} - 2]",
         "mov eax, r10d",
         "and eax, 4095",
-        "movzx edx, r11b",
         "add eax, edx",
         "cmp eax, 4096",
         "ja 8f",
@@ -310,10 +392,9 @@ pub unsafe extern "sysv64" fn stack() {
         "shr rax, 12 + {tlb_bits}",
         "xor edx, eax",
         "and edx, {slots}",
-        "mov eax, r11d",
-        "shr eax, 16",
-        "and eax, 3",
-        "imul eax, eax, {tlb_size}",
+        "shr ecx, {view_shift}",
+        "and ecx, 3",
+        "imul eax, ecx, {tlb_size}",
         "lea rcx, [rsp + rax + 8 + {tlb2}]",
         "lea rax, [rsp + rax + 8 + {tlb}]",
         "mov rbx, r10",
@@ -342,7 +423,8 @@ pub unsafe extern "sysv64" fn stack() {
         "sahf",
         "mov rax, [rsp + 8 + {rax}]",
         "ret",
-        flags = const layout::FLAGS,
+        flags = const layout::FLAGS, call = const super::front::STUB_CALL_BYTES,
+        saved = const FLAGS_SAVED, view_shift = const VIEW_SHIFT,
         rax = const gpr(0), rcx = const gpr(1), rdx = const gpr(2), rbx = const gpr(3),
         tlb = const layout::tlb(0), tlb2 = const layout::TLB2, tlb_size = const layout::TLB_SIZE,
         tlb_bits = const crate::frame::TLB_BITS, slots = const crate::frame::TLB_ENTRIES - 1,

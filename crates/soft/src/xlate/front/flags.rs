@@ -80,7 +80,7 @@ impl Front<'_> {
         let user = self.view == crate::frame::View::User as usize;
         let slot = self.slot() as i32;
         // POPF overwrites all arithmetic flags, but until it has succeeded they must survive.
-        self.pop_check(d.i.ip(), HOST_SP, true);
+        self.pop_check(HOST_SP, true);
         self.t.e.load_mem(T0, Self::OPERAND, self.code64);
         self.t.e.save_flags();
         self.t.e.mov(T1, T0, false);

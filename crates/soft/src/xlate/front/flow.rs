@@ -19,9 +19,9 @@ impl Front<'_> {
     }
 
     /// Checks the slot below the stack pointer for writing: `[T1 + T0]`.
-    pub(super) fn push_check(&mut self, rip: u64, flags_live: bool) {
+    pub(super) fn push_check(&mut self, flags_live: bool) {
         let n = self.slot();
-        self.check_with(rip, n, true, flags_live, Self::slot_below);
+        self.check_with(n, true, flags_live, Self::slot_below);
     }
 
     /// T0 = address of the slot below the stack pointer.
@@ -35,9 +35,9 @@ impl Front<'_> {
     }
 
     /// Checks the slot at the stack pointer for reading.
-    pub(super) fn pop_check(&mut self, rip: u64, base: u8, flags_live: bool) {
+    pub(super) fn pop_check(&mut self, base: u8, flags_live: bool) {
         let (n, w) = (self.slot(), self.code64);
-        self.check_with(rip, n, false, flags_live, |f| f.t.e.mov(T0, base, w));
+        self.check_with(n, false, flags_live, |f| f.t.e.mov(T0, base, w));
     }
 
     pub(super) fn move_sp(&mut self, by: i32) {
@@ -65,7 +65,7 @@ impl Front<'_> {
         if d.stack {
             return self.in_run(-(self.slot() as i32));
         }
-        self.push_check(d.i.ip(), flags_live);
+        self.push_check(flags_live);
         Self::OPERAND
     }
 
@@ -74,7 +74,7 @@ impl Front<'_> {
         if d.stack {
             return self.in_run(0);
         }
-        self.pop_check(d.i.ip(), HOST_SP, flags_live);
+        self.pop_check(HOST_SP, flags_live);
         Self::OPERAND
     }
 
@@ -169,7 +169,7 @@ impl Front<'_> {
             }
             _ => {
                 // LEAVE: RSP = RBP + slot, RBP = [RBP].
-                self.pop_check(i.ip(), 5, live);
+                self.pop_check(5, live);
                 self.t.e.load_mem(T0, Self::OPERAND, w);
                 self.t.e.lea(
                     HOST_SP,
@@ -212,7 +212,7 @@ impl Front<'_> {
                     self.target_check_in_run(i.ip());
                     self.in_run(-(n as i32))
                 } else {
-                    self.check_with(i.ip(), n, true, true, |f| {
+                    self.check_with(n, true, true, |f| {
                         if w {
                             f.target_check(i.ip());
                         }
@@ -395,7 +395,6 @@ impl Front<'_> {
 
     pub(super) fn new_exit(&mut self, target: u64) -> Label {
         let at = self.t.e.label();
-        let exit = self.t.exits.len();
         self.t.exits.push((
             Exit {
                 target,
@@ -408,7 +407,7 @@ impl Front<'_> {
             at,
             0,
         ));
-        self.t.cold.push(Cold::ExitStub { at, exit });
+        self.t.cold.push(Cold::ExitStub { at });
         at
     }
 

@@ -241,14 +241,11 @@ impl Front<'_> {
     /// Soft-TLB check of the instruction's memory operand. Afterwards `[T1 + T0]` is the operand.
     pub(super) fn check(&mut self, i: &Instruction, size: usize, write: bool, flags_live: bool) {
         let i = *i;
-        self.check_with(i.ip(), size, write, flags_live, |f| {
-            f.address_into(T0, &i, true)
-        });
+        self.check_with(size, write, flags_live, |f| f.address_into(T0, &i, true));
     }
 
     pub(super) fn check_with(
         &mut self,
-        rip: u64,
         size: usize,
         write: bool,
         flags_live: bool,
@@ -281,17 +278,12 @@ impl Front<'_> {
         if flags_live {
             self.t.e.restore_flags();
         }
-        let mut desc = size as u32 | u32::from(write) << 8 | (self.view as u32) << 16;
-        if flags_live {
-            desc |= crate::xlate::stubs::DESC_FLAGS_SAVED;
-        }
         self.t.cold.push(Cold::Slow {
             at,
             retry,
             done,
-            tags,
-            desc,
-            rip,
+            size,
+            bits: crate::xlate::stubs::bits(write, self.view, flags_live),
         });
     }
 }

@@ -251,15 +251,12 @@ impl Front<'_> {
         let exit = self.t.exits.len();
         let stub = self.new_exit(d.i.ip());
         self.t.exits[exit].0.plain = true;
-        let mut desc = c.span | 1 << 8 | (self.view as u32) << 16;
-        if flags_live {
-            desc |= crate::xlate::stubs::DESC_FLAGS_SAVED;
-        }
         self.t.cold.push(Cold::Stack {
             at,
             retry,
             disp: c.disp,
-            desc,
+            span: c.span,
+            bits: crate::xlate::stubs::bits(true, self.view, flags_live),
             exit,
             stub,
         });
