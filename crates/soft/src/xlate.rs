@@ -40,7 +40,7 @@ use self::cache::{Block, BlockKey, Cache, Exit};
 use self::code_tlb::{CodeTlb, PageCheck};
 use self::front::{Entries, Front, HostFeatures, Place, Tools};
 pub use self::layout::{FrameArea, Hot};
-use self::layout::{JC_MASK, jump_slot, reason};
+use self::layout::{JC_MASK, JC2_ENTRIES, JumpEntry, jump_slot, jump_slot2, reason};
 use crate::exception::Trap;
 use crate::frame::{Frame, NO_PAGE, TLB_ENTRIES, View, empty_tag};
 use crate::interp;
@@ -106,8 +106,7 @@ pub struct XlateStats {
     pub guest_insns: u64,
     pub enters: u64,
     pub lookups: u64,
-    /// Entered by the run loop although the jump cache knew the block: as a rule its page had to
-    /// be looked up.
+    /// Entries into known blocks whose page had to be looked up.
     pub page_checks: u64,
     /// Jump-cache entries that took the place of others.
     pub jump_conflicts: u64,
@@ -163,14 +162,18 @@ impl Translator {
         x.xsave_mask = host_xsave_mask();
         x.mxcsr_host = 0x1f80;
         x.stub_exit = stubs::exit as *const () as u64;
-        x.stub_miss = stubs::miss as *const () as u64;
+        x.stub_miss = std::array::from_fn(stubs::miss_at);
+        x.jc2_mask = JC2_ENTRIES as u64 - 1;
         x.canonical_mask = !0 << 47;
         x.stub_step = stubs::step as *const () as u64;
         x.stub_step_jump = stubs::step_jump as *const () as u64;
         x.fast = fast::addresses();
         x.tsc_offset_at = vm.tsc_offset.as_ptr() as u64;
-        for jc in &mut x.jump_cache {
-            jc.fill(stubs::miss as *const () as u64);
+        for (view, jc) in x.jump_cache.iter_mut().enumerate() {
+            jc.fill(stubs::miss_at(view));
+        }
+        for jc in &mut x.jump_cache2 {
+            jc.fill(stubs::no_jump());
         }
         Ok(Translator {
             cache,
@@ -424,11 +427,13 @@ unsafe extern "sysv64" fn step_and_jump(frame: *mut Frame) -> u64 {
         return 0;
     }
     let rip = v.frame.cpu.rip;
-    let to = v.frame.xlate.jump_cache[(m & mode::VIEW) as usize][jump_slot(rip)];
-    if to == stubs::miss as *const () as u64 {
-        return 0;
+    let (frame, view) = (&v.frame.xlate, (m & mode::VIEW) as usize);
+    let to = frame.jump_cache[view][jump_slot(rip)];
+    if to != stubs::miss_at(view) {
+        return to;
     }
-    to
+    let JumpEntry { not_rip, host } = frame.jump_cache2[view][jump_slot2(rip)];
+    if not_rip == !rip { host } else { 0 }
 }
 
 /// True when the run loop has something to do before more guest code runs.
@@ -445,6 +450,8 @@ fn run_loop_wanted(v: &SoftVcpu) -> bool {
 /// Runs translated code until something needs the run loop.
 pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
     let mut variant = 0;
+    // The block to go on with if its page is still mapped as it was.
+    let mut moved = None;
     loop {
         let Some(m) = mode_of(v) else { return Ok(()) };
         let m = m | std::mem::take(&mut variant);
@@ -463,7 +470,12 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         if !v.xlate.cache.fits(front::ENTRIES_BYTES_MAX) {
             drop_everything(v);
         }
-        let Some(id) = find_or_translate(v, key, true) else {
+        let unchanged = moved.take().filter(|id| {
+            let b = v.xlate.cache.blocks.get(*id as usize);
+            b.is_some_and(|b| !b.dead && b.key == key && b.second.is_none())
+        });
+        v.xlate.stats.page_checks += u64::from(unchanged.is_some());
+        let Some(id) = unchanged.or_else(|| find_or_translate(v, key, true)) else {
             interp::step(v)?;
             if run_loop_wanted(v) {
                 return Ok(());
@@ -491,11 +503,14 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         // What saves the next look-up of this target.
         let frame = &mut v.frame.xlate;
         let checked = base + u64::from(checked);
-        if m & mode::PLAIN == 0 {
+        if m & mode::PLAIN == 0 && unchanged.is_none() {
             let cached = &mut frame.jump_cache[view][jump_slot(linear_rip)];
             let known = std::mem::replace(cached, checked);
-            let miss = stubs::miss as *const () as u64;
-            v.xlate.stats.page_checks += u64::from(known == checked);
+            let miss = stubs::miss_at(view);
+            frame.jump_cache2[view][jump_slot2(linear_rip)] = JumpEntry {
+                not_rip: !linear_rip,
+                host: checked,
+            };
             v.xlate.stats.jump_conflicts += u64::from(known != checked && known != miss);
         }
         v.xlate
@@ -515,8 +530,9 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         match v.frame.hot.reason {
             reason::LINK => variant = link(v, left_at)?,
             reason::MOVED => {
-                v.frame.cpu.rip = block_rip(v, left_at)?;
-                v.xlate.stats.lookups += 1;
+                moved = v.xlate.cache.block_named_at(left_at + 1);
+                let id = moved.ok_or_else(|| nowhere(left_at))?;
+                v.frame.cpu.rip = v.xlate.cache.blocks[id as usize].key.rip;
             }
             reason::POLL_ENTRY => {
                 v.frame.cpu.rip = block_rip(v, left_at)?;
@@ -626,6 +642,8 @@ fn make_entries(v: &mut SoftVcpu, id: u32) -> u32 {
     let t = &mut v.xlate;
     let b = &t.cache.blocks[id as usize];
     let at = Entries {
+        id,
+        view: (b.key.mode & mode::VIEW) as usize,
         rip: b.key.rip,
         base: t.cache.base() + t.cache.free_at() as u64,
         entry: t.cache.base() + u64::from(b.entry),
@@ -725,9 +743,16 @@ fn forget_target(v: &mut SoftVcpu, id: u32) {
     let Some(others) = b.others else { return };
     let at = v.xlate.cache.base() + u64::from(others.checked);
     let slot = jump_slot(b.key.rip);
-    for cache in &mut v.frame.xlate.jump_cache {
+    let slot2 = jump_slot2(b.key.rip);
+    let frame = &mut v.frame.xlate;
+    for (view, cache) in frame.jump_cache.iter_mut().enumerate() {
         if cache[slot] == at {
-            cache[slot] = stubs::miss as *const () as u64;
+            cache[slot] = stubs::miss_at(view);
+        }
+    }
+    for cache in &mut frame.jump_cache2 {
+        if cache[slot2].host == at {
+            cache[slot2] = stubs::no_jump();
         }
     }
 }
@@ -847,6 +872,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
         key,
         base,
         first_exit,
+        id: v.xlate.cache.blocks.len() as u32,
         force_poll,
         page,
         second: second_check,
@@ -928,6 +954,7 @@ fn move_block(v: &mut SoftVcpu, place: &Place, page_off: u64) -> Option<u32> {
         key: place.key,
         base: place.base,
         first_exit: place.first_exit,
+        id: place.id,
         page: place.page,
     };
     let copied = moved::copy(&v.xlate.cache, id, &target, &mut code);
@@ -1038,7 +1065,11 @@ pub fn drop_everything(v: &mut SoftVcpu) {
     v.xlate.cache.clear();
     v.xlate.must_poll.clear();
     v.xlate.code_tlb.clear(&mut v.frame.xlate.code_tlb);
-    for cache in &mut v.frame.xlate.jump_cache {
-        cache.fill(stubs::miss as *const () as u64);
+    let frame = &mut v.frame.xlate;
+    for (view, cache) in frame.jump_cache.iter_mut().enumerate() {
+        cache.fill(stubs::miss_at(view));
+    }
+    for cache in &mut frame.jump_cache2 {
+        cache.fill(stubs::no_jump());
     }
 }

@@ -139,6 +139,8 @@ pub struct Cache {
     size: usize,
     used: usize,
     pub blocks: Vec<Block>,
+    /// [`Block::start`] of each block: what is searched.
+    starts: Vec<u32>,
     pub exits: Vec<Exit>,
     /// Entries that lie outside of their blocks: from, to, block. In the order of their places.
     entries: Vec<(u32, u32, u32)>,
@@ -183,6 +185,7 @@ impl Cache {
                 size,
                 used: 0,
                 blocks: Vec::new(),
+                starts: Vec::new(),
                 exits: Vec::new(),
                 entries: Vec::new(),
                 by_key: AddrMap::default(),
@@ -262,6 +265,7 @@ impl Cache {
         for page in [Some(block.key.gpa & !0xfff), second].into_iter().flatten() {
             self.by_page.entry(page).or_default().push(id);
         }
+        self.starts.push(block.start);
         self.blocks.push(block);
         id
     }
@@ -317,6 +321,7 @@ impl Cache {
     pub fn clear(&mut self) {
         self.used = 0;
         self.blocks.clear();
+        self.starts.clear();
         self.exits.clear();
         self.entries.clear();
         self.by_key.clear();
@@ -336,7 +341,7 @@ impl Cache {
     /// The block whose code, or entry, holds an executable address.
     pub fn block_at(&self, addr: u64) -> Option<&Block> {
         let off = u32::try_from(addr.checked_sub(self.base())?).ok()?;
-        let n = self.blocks.partition_point(|b| b.start <= off);
+        let n = self.starts.partition_point(|start| *start <= off);
         let b = self.blocks.get(n.checked_sub(1)?)?;
         if off < b.end {
             return Some(b);
@@ -344,6 +349,17 @@ impl Cache {
         let n = self.entries.partition_point(|e| e.0 <= off);
         let &(_, end, id) = self.entries.get(n.checked_sub(1)?)?;
         (off < end).then(|| &self.blocks[id as usize])
+    }
+
+    /// The block whose index stands at an executable address.
+    pub fn block_named_at(&self, addr: u64) -> Option<u32> {
+        let off = usize::try_from(addr.checked_sub(self.base())?).ok()?;
+        if off + 4 > self.used {
+            return None;
+        }
+        // SAFETY: bounds checked; nothing writes meanwhile, because that takes `&mut self`.
+        let id = unsafe { self.rw.add(off).cast::<u32>().read_unaligned() };
+        ((id as usize) < self.blocks.len()).then_some(id)
     }
 
     /// The exit whose stub holds an executable address.

@@ -19,6 +19,8 @@ pub enum Depends {
     Rip,
     /// 64 bits: something less the block's RIP.
     NegRip,
+    /// 32 bits: the block's index.
+    Id,
     /// 32 bits: the offset of the code-TLB slot of the block's page.
     CodeSlot,
     /// 32 bits: the low half of a host address in the block.
@@ -490,6 +492,11 @@ impl Emitter {
     /// Bytes that are not code.
     pub fn data(&mut self, b: &[u8]) {
         self.bytes(b);
+    }
+    /// 32 bits that are not code and depend on something.
+    pub fn data_dependent(&mut self, value: u32, depends: Depends) {
+        self.u32(value);
+        self.note(4, 0, depends);
     }
     /// `jmp label`.
     pub fn jmp(&mut self, l: Label) {

@@ -170,6 +170,10 @@ struct Prologue {
 /// Where a block that has no other entries than the plain one is to get them.
 #[derive(Clone, Copy, Debug)]
 pub struct Entries {
+    /// The block's index.
+    pub id: u32,
+    /// Its view.
+    pub view: usize,
     /// The block's RIP.
     pub rip: u64,
     /// Host address at which they will execute.
@@ -192,6 +196,8 @@ pub struct Place {
     pub base: u64,
     /// Index that its first exit will get.
     pub first_exit: u32,
+    /// Index that it will get.
+    pub id: u32,
     /// Its entry must poll, whatever the flags.
     pub force_poll: bool,
     /// What proves that its page is mapped as it is now.
@@ -214,6 +220,7 @@ pub struct Front<'a> {
     t1_delta: bool,
     code64: bool,
     view: usize,
+    id: u32,
 }
 
 /// Host register for a guest register that lives in one.
@@ -313,20 +320,22 @@ fn emit_checks(e: &mut Emitter, rip: u64, pages: [Option<PageCheck>; 2], live: b
 }
 
 /// R10 is the RIP of something else; RCX is in R11.
-fn emit_lost(e: &mut Emitter, at: Label) {
+fn emit_lost(e: &mut Emitter, at: Label, view: usize) {
     e.bind(at);
     e.mov(1, T1, true);
-    e.jmp_frame(layout::STUB_MISS);
+    e.jmp_frame(layout::stub_miss(view));
 }
 
-/// The page may be mapped to something else by now; at `with_rcx`, RCX is in R11.
-fn emit_moved(e: &mut Emitter, at: Label, with_rcx: Option<Label>) {
+/// The page may be mapped to something else by now; at `with_rcx`, RCX is in R11. The block's index
+/// stands after the call, which does not return.
+fn emit_moved(e: &mut Emitter, at: Label, with_rcx: Option<Label>, id: u32) {
     if let Some(l) = with_rcx {
         e.bind(l);
         e.mov(1, T1, true);
     }
     e.bind(at);
     e.call_frame(layout::STUB_MOVED);
+    e.data_dependent(id, Depends::Id);
 }
 
 /// Bytes of the call of a stub whose address is in `Hot`.
@@ -342,8 +351,8 @@ pub fn emit_entries(tools: &mut Tools, x: Entries) -> (&[u8], OtherEntries) {
     e.restart(x.base);
     let c = emit_checks(e, x.rip, [Some(x.page), x.second], x.live);
     e.jmp_to(x.entry);
-    emit_moved(e, c.moved, c.moved_rcx);
-    emit_lost(e, c.lost);
+    emit_moved(e, c.moved, c.moved_rcx, x.id);
+    emit_lost(e, c.lost, x.view);
     let others = OtherEntries {
         far: e.offset_of(c.far) as u32,
         checked: e.offset_of(c.checked) as u32,
@@ -381,6 +390,7 @@ impl<'a> Front<'a> {
             t1_delta: false,
             code64: key.mode & mode::CODE64 != 0,
             view: (key.mode & mode::VIEW) as usize,
+            id: place.id,
         };
         let mut list = std::mem::take(&mut f.t.list);
         let most = if second.is_some() {
@@ -847,8 +857,10 @@ impl<'a> Front<'a> {
                     self.t.e.bind(at);
                     self.far_jump(target);
                 }
-                Cold::Lost { at } => emit_lost(&mut self.t.e, at),
-                Cold::Moved { at, with_rcx } => emit_moved(&mut self.t.e, at, with_rcx),
+                Cold::Lost { at } => emit_lost(&mut self.t.e, at, self.view),
+                Cold::Moved { at, with_rcx } => {
+                    emit_moved(&mut self.t.e, at, with_rcx, self.id);
+                }
                 Cold::Waiting { at, rip, shadow } => {
                     self.t.e.bind(at);
                     if shadow {

@@ -19,6 +19,26 @@ pub const CODE_SLOTS: usize = 1 << 16;
 /// above them. LIMIT: code in the first TiB is translated.
 pub const CODE_PAGE_BITS: u32 = 28;
 
+/// log2 of the entries of a second-level jump cache.
+pub const JC2_BITS: u32 = 15;
+/// Entries of a second-level jump cache.
+pub const JC2_ENTRIES: usize = 1 << JC2_BITS;
+
+/// An entry of a second-level jump cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct JumpEntry {
+    /// The complement of the RIP.
+    pub not_rip: u64,
+    /// Host address of the checked entry.
+    pub host: u64,
+}
+
+/// The entry of a RIP in the second level: another fold than [`jump_slot`].
+pub const fn jump_slot2(rip: u64) -> usize {
+    (rip.wrapping_add(rip.rotate_right(JC2_BITS + 5)) & (JC2_ENTRIES as u64 - 1)) as usize
+}
+
 /// The jump-cache entry of a RIP: the RIP and the same rotated by [`JC_BITS`], added, so that
 /// targets at equal offsets of different pages as a rule do not collide. Two addresses that
 /// differ by one never share an entry; the checked entry of a block relies on that.
@@ -91,7 +111,7 @@ pub struct FrameArea {
     /// As `Hot::stub_slow`.
     pub stub_exit: u64,
     /// See `stub_exit`.
-    pub stub_miss: u64,
+    pub stub_miss: [u64; VIEWS],
     /// See `stub_exit`.
     pub stub_step: u64,
     /// See `stub_exit`.
@@ -102,6 +122,8 @@ pub struct FrameArea {
     pub split: SplitOperand,
     /// Address of that copy.
     pub split_at: u64,
+    /// PEXT mask for the entry of a second-level jump cache.
+    pub jc2_mask: u64,
     /// PEXT mask of the bits that are equal in a canonical address.
     pub canonical_mask: u64,
     /// Where the VM's TSC offset is, an `AtomicI64`.
@@ -120,6 +142,8 @@ pub struct FrameArea {
     pub reserved: u32,
     /// Host addresses of checked entries, by view and [`jump_slot`].
     pub jump_cache: [[u64; JC_ENTRIES]; VIEWS],
+    /// The same, more of them, with their RIPs, by view and [`jump_slot2`]: where a miss looks.
+    pub jump_cache2: [[JumpEntry; JC2_ENTRIES]; VIEWS],
     /// The code TLB: for each page of linear addresses that code was translated from, which
     /// guest-physical page it is mapped to and in which mode; 0 = not known. See `code_tlb.rs`.
     pub code_tlb: [u32; CODE_SLOTS],
@@ -219,8 +243,16 @@ pub const FPU_LIVE: usize = H + offset_of!(Hot, fpu_live);
 pub const XSAVE_MASK: usize = X + offset_of!(FrameArea, xsave_mask);
 pub const TLB_MASK: usize = H + offset_of!(Hot, tlb_mask);
 pub const JC_MASK_AT: usize = H + offset_of!(Hot, jc_mask);
+pub const JC2_MASK_AT: usize = X + offset_of!(FrameArea, jc2_mask);
 pub const STUB_EXIT: usize = X + offset_of!(FrameArea, stub_exit);
-pub const STUB_MISS: usize = X + offset_of!(FrameArea, stub_miss);
+/// Offset of the address of the stub for jump-cache misses.
+pub const fn stub_miss(view: usize) -> usize {
+    X + offset_of!(FrameArea, stub_miss) + 8 * view
+}
+/// Offset of a second-level jump cache.
+pub const fn jump_cache2(view: usize) -> usize {
+    X + offset_of!(FrameArea, jump_cache2) + view * JC2_ENTRIES * size_of::<JumpEntry>()
+}
 pub const STUB_SLOW: usize = H + offset_of!(Hot, stub_slow);
 pub const STUB_FPU: usize = H + offset_of!(Hot, stub_fpu);
 pub const STUB_STEP: usize = X + offset_of!(FrameArea, stub_step);

@@ -20,6 +20,8 @@ pub struct Target {
     pub base: u64,
     /// Index that its first exit will get.
     pub first_exit: u32,
+    /// Index that it will get.
+    pub id: u32,
     /// Its page's check.
     pub page: PageCheck,
 }
@@ -41,6 +43,7 @@ pub fn copy(cache: &Cache, id: u32, to: &Target, code: &mut Vec<u8>) -> Option<(
         match depends {
             Depends::Rip => change64(code, at, |v| v.wrapping_add(by))?,
             Depends::NegRip => change64(code, at, |v| v.wrapping_sub(by))?,
+            Depends::Id => change32(code, at, |_| to.id)?,
             Depends::CodeSlot => {
                 change32(code, at, |_| layout::code_tlb(to.page.slot) as u32)?;
             }
@@ -149,6 +152,7 @@ mod tests {
             key: key(rip),
             base: cache.base() + cache.free_at() as u64,
             first_exit: cache.exits.len() as u32,
+            id: cache.blocks.len() as u32,
             force_poll: false,
             page: PageCheck { slot, value: 77 },
             second: None,
@@ -185,6 +189,7 @@ mod tests {
                 key: at.key,
                 base: at.base,
                 first_exit: at.first_exit,
+                id: at.id,
                 page: at.page,
             };
             let mut moved = Vec::new();
@@ -214,6 +219,7 @@ mod tests {
             key: key(0x7fff_ffff_f456),
             base: 0,
             first_exit: 0,
+            id: 1,
             page: at.page,
         };
         assert!(copy(&cache, id, &target, &mut Vec::new()).is_none());

@@ -103,7 +103,67 @@ pub unsafe extern "sysv64" fn exit() {
     )
 }
 
-/// A jump-cache miss: R10 = guest RIP to go on at.
+/// Jump-cache misses by view: R10 = guest RIP to go on at. Looks in the second level, and notes what
+/// it finds there in the first. Keeps the flags, which may be live.
+macro_rules! miss_in {
+    ($name:ident, $view:literal) => {
+        /// A jump-cache miss in this view.
+        ///
+        /// # Safety
+        /// Only from translated code, by JMP, on a host with BMI2.
+        #[unsafe(naked)]
+        pub unsafe extern "sysv64" fn $name() {
+            naked_asm!(
+                "mov [rsp + {save}], rcx",
+                "rorx r11, r10, {bits2}",
+                "lea r11, [r11 + r10]",
+                "pext r11, r11, [rsp + {mask2}]",
+                "lea r11, [r11 + r11]",
+                "mov rcx, [rsp + r11*8 + {jump2}]",
+                "lea rcx, [rcx + r10 + 1]",
+                "jrcxz 2f",
+                "mov rcx, [rsp + {save}]",
+                "jmp {miss}",
+                "2:",
+                "mov r11, [rsp + r11*8 + {jump2} + 8]",
+                "rorx rcx, r10, {bits}",
+                "lea rcx, [rcx + r10]",
+                "pext rcx, rcx, [rsp + {mask}]",
+                "mov [rsp + rcx*8 + {jump}], r11",
+                "mov rcx, [rsp + {save}]",
+                "jmp r11",
+                save = const layout::SAVE_RCX, miss = sym miss,
+                bits = const layout::JC_BITS, bits2 = const layout::JC2_BITS + 5,
+                mask = const layout::JC_MASK_AT, mask2 = const layout::JC2_MASK_AT,
+                jump = const layout::jump_cache($view), jump2 = const layout::jump_cache2($view),
+            )
+        }
+    };
+}
+
+miss_in!(miss0, 0);
+miss_in!(miss1, 1);
+miss_in!(miss2, 2);
+
+/// What the second-level jump caches are empty with: whoever asks for the last address goes to the
+/// run loop.
+pub fn no_jump() -> layout::JumpEntry {
+    layout::JumpEntry {
+        not_rip: 0,
+        host: miss as *const () as u64,
+    }
+}
+
+/// The address of what a view's jump cache is empty with.
+pub fn miss_at(view: usize) -> u64 {
+    if !super::fast_pext() {
+        return miss as *const () as u64;
+    }
+    let stubs: [unsafe extern "sysv64" fn(); 3] = [miss0, miss1, miss2];
+    stubs[view] as *const () as u64
+}
+
+/// What a jump-cache miss ends in: R10 = guest RIP to go on at.
 ///
 /// # Safety
 /// Only from translated code.
