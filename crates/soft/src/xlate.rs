@@ -162,7 +162,7 @@ impl Translator {
         x.xsave_mask = host_xsave_mask();
         x.mxcsr_host = 0x1f80;
         x.stub_exit = stubs::exit as *const () as u64;
-        x.stub_miss = std::array::from_fn(stubs::miss_at);
+        x.stub_miss = stubs::misses(fast_pext());
         x.jc2_mask = JC2_ENTRIES as u64 - 1;
         x.canonical_mask = !0 << 47;
         x.stub_step = stubs::step as *const () as u64;
@@ -170,7 +170,7 @@ impl Translator {
         x.fast = fast::addresses();
         x.tsc_offset_at = vm.tsc_offset.as_ptr() as u64;
         for (view, jc) in x.jump_cache.iter_mut().enumerate() {
-            jc.fill(stubs::miss_at(view));
+            jc.fill(x.stub_miss[view]);
         }
         for jc in &mut x.jump_cache2 {
             jc.fill(stubs::no_jump());
@@ -429,7 +429,7 @@ unsafe extern "sysv64" fn step_and_jump(frame: *mut Frame) -> u64 {
     let rip = v.frame.cpu.rip;
     let (frame, view) = (&v.frame.xlate, (m & mode::VIEW) as usize);
     let to = frame.jump_cache[view][jump_slot(rip)];
-    if to != stubs::miss_at(view) {
+    if to != frame.stub_miss[view] {
         return to;
     }
     let JumpEntry { not_rip, host } = frame.jump_cache2[view][jump_slot2(rip)];
@@ -506,7 +506,7 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         if m & mode::PLAIN == 0 && unchanged.is_none() {
             let cached = &mut frame.jump_cache[view][jump_slot(linear_rip)];
             let known = std::mem::replace(cached, checked);
-            let miss = stubs::miss_at(view);
+            let miss = frame.stub_miss[view];
             frame.jump_cache2[view][jump_slot2(linear_rip)] = JumpEntry {
                 not_rip: !linear_rip,
                 host: checked,
@@ -747,7 +747,7 @@ fn forget_target(v: &mut SoftVcpu, id: u32) {
     let frame = &mut v.frame.xlate;
     for (view, cache) in frame.jump_cache.iter_mut().enumerate() {
         if cache[slot] == at {
-            cache[slot] = stubs::miss_at(view);
+            cache[slot] = frame.stub_miss[view];
         }
     }
     for cache in &mut frame.jump_cache2 {
@@ -1067,7 +1067,7 @@ pub fn drop_everything(v: &mut SoftVcpu) {
     v.xlate.code_tlb.clear(&mut v.frame.xlate.code_tlb);
     let frame = &mut v.frame.xlate;
     for (view, cache) in frame.jump_cache.iter_mut().enumerate() {
-        cache.fill(stubs::miss_at(view));
+        cache.fill(frame.stub_miss[view]);
     }
     for cache in &mut frame.jump_cache2 {
         cache.fill(stubs::no_jump());

@@ -154,13 +154,14 @@ pub fn no_jump() -> layout::JumpEntry {
     }
 }
 
-/// The address of what a view's jump cache is empty with.
-pub fn miss_at(view: usize) -> u64 {
-    if !super::fast_pext() {
-        return miss as *const () as u64;
-    }
-    let stubs: [unsafe extern "sysv64" fn(); 3] = [miss0, miss1, miss2];
-    stubs[view] as *const () as u64
+/// The addresses of what the jump caches are empty with, by view.
+pub fn misses(bmi2: bool) -> [u64; 3] {
+    let all: [unsafe extern "sysv64" fn(); 3] = if bmi2 {
+        [miss0, miss1, miss2]
+    } else {
+        [miss; 3]
+    };
+    all.map(|f| f as *const () as u64)
 }
 
 /// What a jump-cache miss ends in: R10 = guest RIP to go on at.
