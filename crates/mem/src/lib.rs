@@ -26,17 +26,19 @@
     reason = "the only crate that touches guest RAM for everybody else"
 )]
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 mod device;
 mod route;
+mod shared;
 #[cfg(test)]
 mod tests;
 
 pub use device::{DeviceMemory, Layout};
 pub use route::{LEGACY_END, LEGACY_START, Route};
+pub use shared::SharedMemory;
 
 /// Page size in bytes.
 pub const PAGE_SIZE: u64 = 4096;
@@ -131,6 +133,7 @@ pub struct GuestMemory {
     routes: Option<route::Routes>,
     windows: Vec<device::DeviceWindow>,
     fd: OwnedFd,
+    large_pages: bool,
     regions: Vec<RamRegion>,
     page_flags: Box<[AtomicU8]>,
     dirty: Box<[AtomicU64]>,
@@ -151,6 +154,11 @@ impl GuestMemory {
             ram_bytes: size_bytes,
             ..Layout::default()
         })
+    }
+
+    /// True if the host gives large pages to it.
+    pub fn large_pages(&self) -> bool {
+        self.large_pages
     }
 
     /// RAM as [`GuestMemory::new`], but below 4 GiB it ends at [`FIRMWARE_LOW_RAM_END`], and with
@@ -184,44 +192,17 @@ impl GuestMemory {
         if !size_bytes.is_multiple_of(PAGE_SIZE) || !(1 << 20..=1 << 44).contains(&size_bytes) {
             return Err(MemError::BadSize(size_bytes));
         }
-        let os = |what| {
-            move || MemError::Os {
-                what,
-                source: std::io::Error::last_os_error(),
-            }
-        };
-        // SAFETY: the name is a NUL-terminated literal.
-        let raw = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
-        if raw < 0 {
-            return Err(os("create")());
-        }
-        // SAFETY: a fresh descriptor that nobody else owns.
-        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
         let after_rom = size_bytes + rom.len() as u64;
         let (windows, mapped_bytes) = device::DeviceWindow::all(after_rom, &layout.device_bytes)?;
-        // SAFETY: plain system call on an owned descriptor.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), mapped_bytes as libc::off_t) } != 0 {
-            return Err(os("size")());
-        }
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                mapped_bytes as usize,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(os("map")());
-        }
-        // SAFETY: the range was just mapped. Advice may be ignored.
-        unsafe { libc::madvise(base, size_bytes as usize, libc::MADV_HUGEPAGE) };
+        let os = |what| move |source| MemError::Os { what, source };
+        let shared = SharedMemory::new(c"guest-ram", mapped_bytes).map_err(os("create"))?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let base = shared
+            .map(mapped_bytes as usize, protection)
+            .map_err(os("map"))?;
         // SAFETY: the ROM's bytes follow the RAM's in the range just mapped.
         unsafe {
-            let at = base.cast::<u8>().add(size_bytes as usize);
+            let at = base.add(size_bytes as usize);
             std::ptr::copy_nonoverlapping(rom.as_ptr(), at, rom.len());
         }
         let low = size_bytes.min(low_end);
@@ -251,13 +232,14 @@ impl GuestMemory {
         }
         let pages = (mapped_bytes / PAGE_SIZE) as usize;
         Ok(GuestMemory {
-            base: base.cast(),
+            base,
             size_bytes,
             rom_bytes: rom.len() as u64,
             mapped_bytes,
             windows,
             routes: (!rom.is_empty()).then(route::Routes::default),
-            fd,
+            fd: shared.fd,
+            large_pages: shared.large_pages,
             regions,
             page_flags: (0..pages).map(|_| AtomicU8::new(0)).collect(),
             dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),

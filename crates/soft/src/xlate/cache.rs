@@ -10,6 +10,8 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use pyrite_mem::SharedMemory;
+
 use super::code_tlb::PageCheck;
 use super::emit::Reloc;
 
@@ -159,29 +161,20 @@ impl Cache {
     /// Maps a cache of `size` bytes.
     pub fn new(size: usize) -> std::io::Result<Cache> {
         let size = size.next_multiple_of(4096);
-        let last = std::io::Error::last_os_error;
-        // SAFETY: plain system calls; the descriptor is closed below, the mappings keep the file.
-        unsafe {
-            let fd = libc::memfd_create(c"code-cache".as_ptr(), libc::MFD_CLOEXEC);
-            if fd < 0 {
-                return Err(last());
-            }
-            if libc::ftruncate(fd, size as libc::off_t) != 0 {
-                let e = last();
-                libc::close(fd);
+        let memory = SharedMemory::new(c"code-cache", size as u64)?;
+        let rw = memory.map(size, libc::PROT_READ | libc::PROT_WRITE)?;
+        let rx = match memory.map(size, libc::PROT_READ | libc::PROT_EXEC) {
+            Ok(rx) => rx,
+            Err(e) => {
+                // SAFETY: mapped just now and used by nobody.
+                unsafe { libc::munmap(rw.cast(), size) };
                 return Err(e);
             }
-            let map = |prot| libc::mmap(std::ptr::null_mut(), size, prot, libc::MAP_SHARED, fd, 0);
-            let rw = map(libc::PROT_READ | libc::PROT_WRITE);
-            let rx = map(libc::PROT_READ | libc::PROT_EXEC);
-            let e = last();
-            libc::close(fd);
-            if rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
-                return Err(e);
-            }
+        };
+        {
             Ok(Cache {
-                rw: rw.cast(),
-                rx: rx.cast_const().cast(),
+                rw,
+                rx,
                 size,
                 used: 0,
                 blocks: Vec::new(),
