@@ -807,10 +807,12 @@ fn translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
     let page_off = vm.memory.read_offset(page_gpa, PAGE_SIZE)?;
     protect(v, page_off);
     let at = (key.gpa & (PAGE_SIZE - 1)) as usize;
+    let mut page_bytes = [0u8; PAGE_SIZE as usize];
+    vm.memory.read(page_gpa, &mut page_bytes).ok()?;
     let mut bytes = [0u8; GUEST_BYTES_MAX];
     let mut first = GUEST_BYTES_MAX.min(PAGE_SIZE as usize - at);
     let mut have = first;
-    vm.memory.read(key.gpa, &mut bytes[..first]).ok()?;
+    bytes[..first].copy_from_slice(&page_bytes[at..at + first]);
     let mut second = None;
     if first < INSN_BYTES_MAX && v.xlate.cuts_off(key, &bytes[..first]) {
         // A block of one instruction, whose rest is in the next page.
@@ -891,6 +893,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
     let mut t = Front::translate(
         &mut v.xlate.tools,
         bytes,
+        if second.is_some() { &[] } else { &page_bytes },
         place,
         &|i| interp.allows(i),
         &vm.options,
@@ -901,18 +904,24 @@ fn translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
     let len = (t.block.guest_len as usize).min(bytes.len());
     let mut again = [0u8; GUEST_BYTES_MAX];
     let here = len.min(first);
-    vm.code_map
-        .page(page_off)?
-        .fetch_or(parts(at as u64, here), Ordering::SeqCst);
+    mark(&vm, page_off, at as u64, here)?;
     vm.memory.read(key.gpa, &mut again[..here]).ok()?;
     if let Some((gpa, rest)) = second {
-        vm.code_map
-            .page(vm.memory.read_offset(gpa, PAGE_SIZE)?)?
-            .fetch_or(parts(0, rest), Ordering::SeqCst);
+        mark(&vm, vm.memory.read_offset(gpa, PAGE_SIZE)?, 0, rest)?;
         vm.memory.read(gpa, &mut again[here..len]).ok()?;
     }
     if again[..len] != bytes[..len] {
         return None;
+    }
+    for (at, len) in t.block.looked {
+        let (at, len) = (at as usize, len as usize);
+        mark(&vm, page_off, at as u64, len)?;
+        // LIMIT: a few instructions.
+        let again = &mut again[..len];
+        vm.memory.read(page_gpa + at as u64, again).ok()?;
+        if again != &page_bytes[at..at + len] {
+            return None;
+        }
     }
     t.block.second = second.map(|(gpa, _)| gpa).zip(second_check);
     if !v.xlate.cache.fits(t.code.len()) {
@@ -921,6 +930,15 @@ fn translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
     v.xlate.stats.blocks += 1;
     v.xlate.stats.guest_insns += u64::from(t.block.insns);
     Some(add(&mut v.xlate.cache, t.code, t.block, t.exits))
+}
+
+/// Marks bytes of a page as translated, or looked at by a translation.
+fn mark(vm: &VmShared, page_off: u64, at: u64, len: usize) -> Option<()> {
+    if len > 0 {
+        let marks = vm.code_map.page(page_off)?;
+        marks.fetch_or(parts(at, len), Ordering::SeqCst);
+    }
+    Some(())
 }
 
 /// Adds a block, whose offsets are relative to its first byte, to the cache.
@@ -962,8 +980,10 @@ fn move_block(v: &mut SoftVcpu, place: &Place, page_off: u64) -> Option<u32> {
         // The old block lives, so the code is unchanged, or the news is on its way to both. The
         // marks may be gone in the latter case.
         let at = place.key.gpa & (PAGE_SIZE - 1);
-        let marks = v.vm.code_map.page(page_off)?;
-        marks.fetch_or(parts(at, block.guest_len as usize), Ordering::SeqCst);
+        mark(&v.vm, page_off, at, block.guest_len as usize)?;
+        for (at, len) in block.looked {
+            mark(&v.vm, page_off, at.into(), len.into())?;
+        }
         if !v.xlate.cache.fits(code.len()) {
             return None;
         }

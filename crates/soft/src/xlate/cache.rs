@@ -89,6 +89,8 @@ pub struct Block {
     pub second: Option<(u64, PageCheck)>,
     /// Number of guest bytes.
     pub guest_len: u32,
+    /// Other parts of the page that the translation depends on: offset and length in bytes.
+    pub looked: [(u16, u16); 2],
     /// Guest instructions.
     pub insns: u32,
     /// Host offset from `start` at which each guest instruction begins, with its guest offset.

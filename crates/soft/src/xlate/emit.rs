@@ -540,6 +540,20 @@ impl Emitter {
         self.store(FLAGS, 0);
         self.load(0, SAVE_RAX);
     }
+    /// Saves the arithmetic flags in `Hot::flags`; keeps RAX by way of `scratch`.
+    pub fn save_flags_by(&mut self, scratch: u8) {
+        self.mov(scratch, 0, true);
+        self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+        self.store(super::layout::FLAGS, 0);
+        self.mov(0, scratch, true);
+    }
+    /// Brings back what [`Emitter::save_flags_by`] saved.
+    pub fn restore_flags_by(&mut self, scratch: u8) {
+        self.mov(scratch, 0, true);
+        self.load(0, super::layout::FLAGS);
+        self.bytes(&[0x04, 0x7f, 0x9e]); // add al, 7fh; sahf
+        self.mov(0, scratch, true);
+    }
     /// Brings back what [`Emitter::save_flags`] saved.
     pub fn restore_flags(&mut self) {
         use super::layout::{FLAGS, SAVE_RAX};

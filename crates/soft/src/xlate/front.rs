@@ -216,8 +216,14 @@ pub struct Front<'a> {
     options: &'a SoftOptions,
     host: HostFeatures,
     fpu_ready: bool,
-    /// T1 holds what `FrameArea::run_delta` does.
+    /// T1 holds what `Hot::run_delta` does.
     t1_delta: bool,
+    /// The flags are live, but in `Hot::flags`.
+    flags_saved: bool,
+    /// The instruction in hand leaves them there: see [`Front::is_quiet`].
+    quiet: bool,
+    /// Other parts of the page that the flags' liveness was read from: offset and length.
+    looked: [(u16, u16); 2],
     code64: bool,
     view: usize,
     id: u32,
@@ -259,6 +265,15 @@ fn reg_named(n: u8, size: usize) -> Register {
         _ => Register::RAX,
     };
     base + u32::from(n)
+}
+
+/// Arithmetic flags that an instruction reads.
+fn flags_read(i: &Instruction) -> u32 {
+    // A rotation through CF by a multiple of its length still makes OF from CF, which the decoder
+    // does not say.
+    let through_carry = matches!(i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
+    let also = if through_carry { RflagsBits::CF } else { 0 };
+    (i.rflags_read() & ARITH) | also
 }
 
 /// What [`emit_checks`] leaves to be bound.
@@ -361,10 +376,12 @@ pub fn emit_entries(tools: &mut Tools, x: Entries) -> (&[u8], OtherEntries) {
 }
 
 impl<'a> Front<'a> {
-    /// Translates the block at `bytes` (from the block's first byte, within its page).
+    /// Translates the block at `bytes` (from the block's first byte, within its page). `page_bytes`:
+    /// the whole page, or nothing.
     pub fn translate(
         tools: &'a mut Tools,
         bytes: &[u8],
+        page_bytes: &[u8],
         place: Place,
         allows: &dyn Fn(&Instruction) -> bool,
         options: &'a SoftOptions,
@@ -388,6 +405,9 @@ impl<'a> Front<'a> {
             host,
             fpu_ready: false,
             t1_delta: false,
+            flags_saved: false,
+            quiet: false,
+            looked: [(0, 0); 2],
             code64: key.mode & mode::CODE64 != 0,
             view: (key.mode & mode::VIEW) as usize,
             id: place.id,
@@ -398,7 +418,7 @@ impl<'a> Front<'a> {
         } else {
             options.block_insns_max
         };
-        f.decode(bytes, allows, most, &mut list);
+        f.decode(bytes, allows, most, page_bytes, &mut list);
         let Prologue {
             entry,
             others,
@@ -425,6 +445,7 @@ impl<'a> Front<'a> {
             map.push((f.t.e.len() as u32, 0));
             f.interpret_at(key.rip);
         } else if !ended {
+            f.bring_flags_back();
             f.direct_exit(next_rip);
         }
         f.emit_cold();
@@ -453,6 +474,7 @@ impl<'a> Front<'a> {
             },
             first_exit,
             exits: f.t.exits.len() as u32,
+            looked: f.looked,
             pops: match list.last() {
                 Some(d) if d.i.mnemonic() == Mnemonic::Ret => d.i.stack_pointer_increment() as u32,
                 _ => 0,
@@ -483,6 +505,7 @@ impl<'a> Front<'a> {
         bytes: &[u8],
         allows: &dyn Fn(&Instruction) -> bool,
         insns_max: usize,
+        page: &[u8],
         list: &mut Vec<Decoded>,
     ) {
         let bits = if self.code64 { 64 } else { 32 };
@@ -519,7 +542,7 @@ impl<'a> Front<'a> {
         {
             last.refused = true;
         }
-        let mut live = ARITH;
+        let mut live = self.live_after(list, page);
         for d in list.iter_mut().rev() {
             if d.refused || system::handles(&d.i, self.key.mode).is_some() {
                 live = ARITH;
@@ -529,11 +552,7 @@ impl<'a> Front<'a> {
                 } else {
                     d.i.rflags_modified() & ARITH
                 };
-                // A rotation through CF by a multiple of its length still makes OF from CF, which
-                // the decoder does not say.
-                let through_carry = matches!(d.i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
-                let also = if through_carry { RflagsBits::CF } else { 0 };
-                live = (live & !kills) | (d.i.rflags_read() & ARITH) | also;
+                live = (live & !kills) | flags_read(&d.i);
             }
             d.live = if self.options.precise_flags {
                 ARITH
@@ -541,6 +560,64 @@ impl<'a> Front<'a> {
                 live
             };
         }
+    }
+
+    /// Arithmetic flags that are live behind the block: those that a place where it leads on the same
+    /// page may read before it writes them.
+    fn live_after(&mut self, list: &[Decoded], page: &[u8]) -> u32 {
+        let Some(last) = list.last() else {
+            return ARITH;
+        };
+        let i = last.i;
+        let next = self.wrap_ip(i.next_ip());
+        let target = self.wrap_ip(i.near_branch_target());
+        match i.flow_control() {
+            _ if last.refused || system::handles(&i, self.key.mode).is_some() => ARITH,
+            FlowControl::Next => self.live_at(next, page, 0),
+            FlowControl::UnconditionalBranch => self.live_at(target, page, 0),
+            FlowControl::ConditionalBranch => {
+                let live = self.live_at(next, page, 0);
+                if live == ARITH {
+                    return ARITH;
+                }
+                live | self.live_at(target, page, 1)
+            }
+            _ => ARITH,
+        }
+    }
+
+    /// Arithmetic flags that code at `rip` may read before it writes them.
+    fn live_at(&mut self, rip: u64, page: &[u8], n: usize) -> u32 {
+        /// LIMIT: instructions that are looked at.
+        const AHEAD: usize = 6;
+        let at = (rip & 0xfff) as usize;
+        if (rip ^ self.key.rip) >> 12 != 0 || page.len() <= at || self.options.precise_flags {
+            return ARITH;
+        }
+        let bits = if self.code64 { 64 } else { 32 };
+        let mut dec = Decoder::with_ip(bits, &page[at..], rip, self.host.decoder);
+        let (mut live, mut open) = (0, ARITH);
+        for _ in 0..AHEAD {
+            if !dec.can_decode() {
+                break;
+            }
+            let i = dec.decode();
+            // A repeated comparison of nothing keeps the flags.
+            if i.is_invalid() || i.is_string_instruction() {
+                break;
+            }
+            live |= flags_read(&i) & open;
+            if !may_keep_flags(&i) {
+                open &= !i.rflags_modified();
+            }
+            if open == 0 || i.flow_control() != FlowControl::Next {
+                break;
+            }
+        }
+        if live | open != ARITH {
+            self.looked[n] = (at as u16, dec.position() as u16);
+        }
+        live | open
     }
 
     /// True for instructions that this translator leaves to the interpreter.
@@ -735,6 +812,12 @@ impl<'a> Front<'a> {
     /// Emits one instruction. True if it ended the block.
     fn one(&mut self, d: &Decoded) -> bool {
         let i = &d.i;
+        self.quiet = self.is_quiet(d);
+        if d.live == 0 {
+            self.flags_saved = false;
+        } else if !self.quiet {
+            self.bring_flags_back();
+        }
         if d.refused && i.flow_control() == FlowControl::Next && !ends_block(i) {
             self.interpret_in_place(i);
             return false;
@@ -769,8 +852,32 @@ impl<'a> Front<'a> {
         if self.copy(d) {
             return false;
         }
+        self.bring_flags_back();
         self.interpret_at(i.ip());
         true
+    }
+
+    /// True for instructions that neither use the flags nor can raise a signal: around them the flags
+    /// may stay in the frame.
+    fn is_quiet(&self, d: &Decoded) -> bool {
+        let i = &d.i;
+        !d.refused
+            && i.flow_control() == FlowControl::Next
+            && i.rflags_read() == 0
+            && i.rflags_modified() == 0
+            && flags_read(i) == 0
+            && fpu_kind(i) == Fpu::None
+            && !uses_vector(i)
+            && !uses_mask(i)
+            && !flags::handles(i, self.key.mode)
+            && system::handles(i, self.key.mode).is_none()
+    }
+
+    /// Puts the flags where instructions want them. Uses T0.
+    fn bring_flags_back(&mut self) {
+        if std::mem::take(&mut self.flags_saved) {
+            self.t.e.restore_flags_by(T0);
+        }
     }
 
     /// Leaves for the interpreter at `rip`.
@@ -886,7 +993,7 @@ impl<'a> Front<'a> {
                     self.t.e.call_frame(layout::STUB_STACK);
                     self.t.e.jmp(retry);
                     if bits & crate::xlate::stubs::FLAGS_SAVED != 0 {
-                        self.t.e.restore_flags();
+                        self.t.e.restore_flags_by(T0);
                     }
                     self.t.e.jmp(stub);
                     self.t.exits[exit].2 = self.t.e.len() - 4;
@@ -897,7 +1004,7 @@ impl<'a> Front<'a> {
                 }
                 Cold::InterpretSaved { at, rip } => {
                     self.t.e.bind(at);
-                    self.t.e.restore_flags();
+                    self.t.e.restore_flags_by(T0);
                     self.interpret_at(rip);
                 }
             }

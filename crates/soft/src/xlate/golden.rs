@@ -169,8 +169,12 @@ fn golden(bytes: &[u8]) -> String {
         second: None,
         entries: true,
     };
+    // What follows and what is jumped back to kills the flags: xor ecx, ecx.
+    let at = (RIP & 0xfff) as usize;
+    let mut page = [0x31, 0xc9].repeat(2048);
+    page[at..at + bytes.len()].copy_from_slice(bytes);
     let mut tools = Tools::new();
-    let t = Front::translate(&mut tools, bytes, place, &|_| true, &options, host);
+    let t = Front::translate(&mut tools, bytes, &page, place, &|_| true, &options, host);
     let names = frame_names();
     let mut out = String::new();
     let mut guest = Decoder::with_ip(64, bytes, RIP, 0);

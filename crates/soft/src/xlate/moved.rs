@@ -80,6 +80,7 @@ pub fn copy(cache: &Cache, id: u32, to: &Target, code: &mut Vec<u8>) -> Option<(
         second: None,
         guest_len: b.guest_len,
         insns: b.insns,
+        looked: b.looked,
         map: b.map.clone(),
         incoming: Vec::new(),
         interpret_first: b.interpret_first,
@@ -173,7 +174,7 @@ mod tests {
             let mut cache = Cache::new(1 << 20).expect("memory");
             let mut tools = Tools::new();
             let mut translate = |place| {
-                let t = Front::translate(&mut tools, &bytes, place, &|_| true, &options, host);
+                let t = Front::translate(&mut tools, &bytes, &[], place, &|_| true, &options, host);
                 (t.code.to_vec(), t.block, t.exits)
             };
             let (code, block, exits) = translate(place(&cache, old_rip, 5));
@@ -212,7 +213,15 @@ mod tests {
         let mut cache = Cache::new(1 << 20).expect("memory");
         let mut tools = Tools::new();
         let at = place(&cache, 0x5555_5555_4456, 1);
-        let t = Front::translate(&mut tools, &[0x90, 0xc3], at, &|_| true, &options, host);
+        let t = Front::translate(
+            &mut tools,
+            &[0x90, 0xc3],
+            &[],
+            at,
+            &|_| true,
+            &options,
+            host,
+        );
         let (code, block, exits) = (t.code.to_vec(), t.block, t.exits);
         let id = add(&mut cache, &code, block, exits);
         let target = Target {

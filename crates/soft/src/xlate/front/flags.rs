@@ -80,8 +80,8 @@ impl Front<'_> {
         let user = self.view == crate::frame::View::User as usize;
         let slot = self.slot() as i32;
         // POPF overwrites all arithmetic flags, but until it has succeeded they must survive.
-        self.pop_check(HOST_SP, true);
-        self.t.e.load_mem(T0, Self::OPERAND, self.code64);
+        let from = self.pop_check(HOST_SP, true);
+        self.t.e.load_mem(T0, from, self.code64);
         self.t.e.save_flags();
         self.t.e.mov(T1, T0, false);
         self.t.e.xor_frame32(T1, layout::RFLAGS);

@@ -19,9 +19,9 @@ impl Front<'_> {
     }
 
     /// Checks the slot below the stack pointer for writing: `[T1 + T0]`.
-    pub(super) fn push_check(&mut self, flags_live: bool) {
+    pub(super) fn push_check(&mut self, flags_live: bool) -> Address {
         let n = self.slot();
-        self.check_with(n, true, flags_live, Self::slot_below);
+        self.check_with(n, true, flags_live, Self::slot_below)
     }
 
     /// T0 = address of the slot below the stack pointer.
@@ -35,9 +35,9 @@ impl Front<'_> {
     }
 
     /// Checks the slot at the stack pointer for reading.
-    pub(super) fn pop_check(&mut self, base: u8, flags_live: bool) {
+    pub(super) fn pop_check(&mut self, base: u8, flags_live: bool) -> Address {
         let (n, w) = (self.slot(), self.code64);
-        self.check_with(n, false, flags_live, |f| f.t.e.mov(T0, base, w));
+        self.check_with(n, false, flags_live, |f| f.t.e.mov(T0, base, w))
     }
 
     pub(super) fn move_sp(&mut self, by: i32) {
@@ -65,8 +65,7 @@ impl Front<'_> {
         if d.stack {
             return self.in_run(-(self.slot() as i32));
         }
-        self.push_check(flags_live);
-        Self::OPERAND
+        self.push_check(flags_live)
     }
 
     /// Where a pop loads from, checked.
@@ -74,12 +73,11 @@ impl Front<'_> {
         if d.stack {
             return self.in_run(0);
         }
-        self.pop_check(HOST_SP, flags_live);
-        Self::OPERAND
+        self.pop_check(HOST_SP, flags_live)
     }
 
     /// The same operand without T0.
-    fn free_t0(&mut self, a: Address) -> Address {
+    pub(super) fn free_t0(&mut self, a: Address) -> Address {
         if a.index != Some((T0, 0)) {
             return a;
         }
@@ -169,8 +167,8 @@ impl Front<'_> {
             }
             _ => {
                 // LEAVE: RSP = RBP + slot, RBP = [RBP].
-                self.pop_check(5, live);
-                self.t.e.load_mem(T0, Self::OPERAND, w);
+                let from = self.pop_check(5, live);
+                self.t.e.load_mem(T0, from, w);
                 self.t.e.lea(
                     HOST_SP,
                     Address {
@@ -217,8 +215,7 @@ impl Front<'_> {
                             f.target_check(i.ip());
                         }
                         f.slot_below();
-                    });
-                    Self::OPERAND
+                    })
                 };
                 self.store_const(to, next, true);
                 self.t.e.load(T0, layout::TARGET);
@@ -272,8 +269,7 @@ impl Front<'_> {
         {
             return self.in_run(at as i32);
         }
-        self.check(&d.i, self.slot(), false, flags_live);
-        Self::OPERAND
+        self.check(&d.i, self.slot(), false, flags_live)
     }
 
     /// As `target_check`, but keeps the flags, and takes addresses of the other half for rare.

@@ -92,22 +92,15 @@ impl Front<'_> {
             }
             // Encode first, so that a refusal leaves nothing behind.
             let mut probe = i;
-            self.set_memory(&mut probe, op, !spilled.is_empty());
+            let t0_taken = !spilled.is_empty() || self.restores(d);
+            self.set_memory(&mut probe, op, t0_taken);
             rewrite(&mut probe, &spilled, T0);
             let Some(encoded) = self.t.e.encode(&probe) else {
                 return false;
             };
-            self.check(&d.i, size, write, d.live != 0);
+            let at = self.check(&d.i, size, write, d.live != 0);
             if let Some(&(g, _)) = spilled.first() {
-                self.t.e.lea(
-                    T1,
-                    Address {
-                        base: Some(T1),
-                        index: Some((T0, 0)),
-                        disp: 0,
-                    },
-                    true,
-                );
+                self.free_t0(at);
                 self.t.e.load(T0, gpr(g));
             }
             self.t.e.add(&encoded);
@@ -132,6 +125,11 @@ impl Front<'_> {
             }
         }
         true
+    }
+
+    /// True if the flags come back between an instruction's check and the instruction.
+    fn restores(&self, d: &Decoded) -> bool {
+        d.live != 0 && !self.quiet
     }
 
     /// Replaces the memory operand by `[T1 + T0]`, or `[T1]` if T0 is needed.
@@ -238,10 +236,16 @@ impl Front<'_> {
         }
     }
 
-    /// Soft-TLB check of the instruction's memory operand. Afterwards `[T1 + T0]` is the operand.
-    pub(super) fn check(&mut self, i: &Instruction, size: usize, write: bool, flags_live: bool) {
+    /// Soft-TLB check of the instruction's memory operand, which is then at the returned address.
+    pub(super) fn check(
+        &mut self,
+        i: &Instruction,
+        size: usize,
+        write: bool,
+        flags_live: bool,
+    ) -> Address {
         let i = *i;
-        self.check_with(size, write, flags_live, |f| f.address_into(T0, &i, true));
+        self.check_with(size, write, flags_live, |f| f.address_into(T0, &i, true))
     }
 
     pub(super) fn check_with(
@@ -250,10 +254,10 @@ impl Front<'_> {
         write: bool,
         flags_live: bool,
         address: impl FnOnce(&mut Self),
-    ) {
+    ) -> Address {
         self.t1_delta = false;
-        if flags_live {
-            self.t.e.save_flags();
+        if flags_live && !self.flags_saved {
+            self.t.e.save_flags_by(T0);
         }
         let retry = self.t.e.here();
         address(self);
@@ -275,8 +279,12 @@ impl Front<'_> {
         self.t.e.jcc(7, at);
         self.t.e.table_op(0x8b, T1, layout::tlb_host(self.view));
         let done = self.t.e.here();
-        if flags_live {
-            self.t.e.restore_flags();
+        let mut operand = Self::OPERAND;
+        if flags_live && self.quiet {
+            self.flags_saved = true;
+        } else if flags_live {
+            operand = self.free_t0(operand);
+            self.t.e.restore_flags_by(T0);
         }
         self.t.cold.push(Cold::Slow {
             at,
@@ -285,5 +293,6 @@ impl Front<'_> {
             size,
             bits: crate::xlate::stubs::bits(write, self.view, flags_live),
         });
+        operand
     }
 }

@@ -227,9 +227,11 @@ impl Front<'_> {
     /// Emits the check of a run before instruction `d`.
     pub(super) fn stack_check(&mut self, c: StackCheck, d: &Decoded) {
         let flags_live = d.live != 0;
-        if flags_live {
-            self.t.e.save_flags();
+        if flags_live && !self.flags_saved {
+            self.t.e.save_flags_by(T0);
         }
+        // They come back when an instruction wants them.
+        self.flags_saved = flags_live;
         let retry = self.t.e.here();
         let first = Address {
             base: Some(HOST_SP),
@@ -245,9 +247,6 @@ impl Front<'_> {
         self.t.e.table_op(0x8b, T1, layout::tlb_delta(self.view));
         self.t.e.store(layout::RUN_DELTA, T1);
         self.t1_delta = true;
-        if flags_live {
-            self.t.e.restore_flags();
-        }
         let exit = self.t.exits.len();
         let stub = self.new_exit(d.i.ip());
         self.t.exits[exit].0.plain = true;
