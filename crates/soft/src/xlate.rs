@@ -18,6 +18,7 @@
 #![allow(unsafe_code, reason = "runs emitted code")]
 
 mod cache;
+mod callbacks;
 mod code_tlb;
 mod emit;
 pub mod fast;
@@ -318,122 +319,6 @@ fn on_signal(_signal: i32, context: &mut libc::ucontext_t) -> bool {
     unsafe { (*(frame as *mut Frame)).xlate.fault_rip = rip };
     regs[libc::REG_RIP as usize] = stubs::signal_exit as *const () as i64;
     true
-}
-
-/// Called by the slow stub on a soft-TLB miss. `bits` and `size` are those of the access, `retry` is
-/// the host address of its check. 0 = try again, 1 = leave translated code, 2 = the operand was
-/// copied to `FrameArea::split`.
-unsafe extern "sysv64" fn slow_memory(
-    frame: *mut Frame,
-    lin: u64,
-    size: u32,
-    bits: u32,
-    retry: u64,
-) -> u32 {
-    // SAFETY: `run` stored the vCPU's address and does not touch it while translated code runs.
-    let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
-    v.xlate.stats.slow_memory += 1;
-    let size = size as usize;
-    let write = bits & u32::from(stubs::WRITE) != 0;
-    let view = match bits >> stubs::VIEW_SHIFT & 3 {
-        0 => View::Supervisor,
-        1 => View::SupervisorSmap,
-        _ => View::User,
-    };
-    // A non-canonical address and every fault are left to the interpreter, which knows the exact
-    // exception of the instruction.
-    if (!v.long64() || v.canonical(lin)) && v.refill(lin, size, write, view) == Ok(true) {
-        return 0;
-    }
-    if !write && v.copy_split(lin, size) {
-        return 2;
-    }
-    v.frame.hot.reason = reason::INTERPRET;
-    if let Err(trap) = locate(v, retry) {
-        v.frame.hot.reason = reason::STEPPED;
-        v.xlate.trap = Some(trap);
-    }
-    1
-}
-
-impl SoftVcpu {
-    /// Copies an operand that lies in two pages to `FrameArea::split`, at the same alignment. False
-    /// if it is in one page (and so not plain memory), or faults.
-    fn copy_split(&mut self, lin: u64, size: usize) -> bool {
-        let crosses = (lin & (PAGE_SIZE - 1)) as usize + size > PAGE_SIZE as usize;
-        let last = lin.wrapping_add(size as u64 - 1);
-        let canonical = !self.long64() || (self.canonical(lin) && self.canonical(last));
-        let mut bytes = [0u8; 64];
-        let Some(bytes) = bytes.get_mut(..size) else {
-            return false;
-        };
-        if !crosses || !canonical || self.read_bytes(lin, bytes, Priv::Current).is_err() {
-            return false;
-        }
-        let at = (lin & 63) as usize;
-        let split = &mut self.frame.xlate.split.0;
-        split[at..at + size].copy_from_slice(bytes);
-        let address = &raw const split[at] as u64;
-        self.frame.xlate.split_at = address;
-        true
-    }
-}
-
-/// Called by the step stub: interprets the instruction at RIP. 0 = the block goes on, 1 = leave.
-unsafe extern "sysv64" fn step_in_place(frame: *mut Frame) -> u32 {
-    // SAFETY: as in `slow_memory`.
-    let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
-    v.xlate.stats.interpreted += 1;
-    let flags = flags_from_lahf(v.frame.hot.flags);
-    v.frame.cpu.rflags = (v.frame.cpu.rflags & !rflags::ARITH) | flags;
-    let outcome = interp::step(v);
-    v.frame.hot.flags = flags_to_lahf(v.frame.cpu.rflags);
-    v.frame.xlate.irq_waiting = u32::from(v.irq_waiting);
-    let goes_on = outcome.is_ok()
-        && v.frame.cpu.rip == v.frame.xlate.expected
-        && !run_loop_wanted(v)
-        && mode_of(v) == Some(v.frame.xlate.mode);
-    if let Err(trap) = outcome {
-        v.xlate.trap = Some(trap);
-    }
-    if goes_on {
-        return 0;
-    }
-    v.frame.hot.reason = reason::STEPPED;
-    1
-}
-
-/// Called by the step-and-jump stub: interprets the instruction at RIP, which goes elsewhere or
-/// changes the mode. The host address at which to go on, 0 = leave.
-unsafe extern "sysv64" fn step_and_jump(frame: *mut Frame) -> u64 {
-    // SAFETY: as in `slow_memory`.
-    let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
-    v.xlate.stats.interpreted += 1;
-    let flags = flags_from_lahf(v.frame.hot.flags);
-    v.frame.cpu.rflags = (v.frame.cpu.rflags & !rflags::ARITH) | flags;
-    let outcome = interp::step(v);
-    v.frame.hot.flags = flags_to_lahf(v.frame.cpu.rflags);
-    v.frame.xlate.irq_waiting = u32::from(v.irq_waiting);
-    v.frame.hot.reason = reason::STEPPED;
-    if let Err(trap) = outcome {
-        v.xlate.trap = Some(trap);
-        return 0;
-    }
-    if run_loop_wanted(v) {
-        return 0;
-    }
-    let Some(m) = mode_of(v) else { return 0 };
-    if v.xlate.units != m & mode::UNITS {
-        return 0;
-    }
-    let rip = v.frame.cpu.rip;
-    let (frame, view) = (&v.frame.xlate, (m & mode::VIEW) as usize);
-    let to = frame.jump_cache[view][jump_slot(rip)];
-    if to != frame.stub_miss[view] {
-        return to;
-    }
-    let JumpEntry { not_rip, host } = frame.jump_cache2[view][jump_slot2(rip)];
-    if not_rip == !rip { host } else { 0 }
 }
 
 /// True when the run loop has something to do before more guest code runs.
