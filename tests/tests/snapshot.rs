@@ -45,13 +45,29 @@ fn ask(socket: &Path, words: &[&str]) {
 }
 
 fn same(a: &Path, b: &Path) {
-    for name in ["manifest.json", "state", "memory"] {
-        let equal = fs::read(a.join(name)).expect("file") == fs::read(b.join(name)).expect("file");
-        assert!(
-            equal,
-            "{name} differs between {} and {}",
+    for name in ["state", "memory", "manifest.json"] {
+        let [x, y] = [a, b].map(|dir| fs::read(dir.join(name)).expect("file"));
+        if x == y {
+            continue;
+        }
+        let differing: Vec<usize> = (0..x.len().min(y.len()))
+            .filter(|&n| x[n] != y[n])
+            .collect();
+        let shown = |all: &[u8]| {
+            let from = differing.first().map_or(0, |n| n & !15);
+            all.get(from..(from + 64).min(all.len()))
+                .map(<[u8]>::to_vec)
+        };
+        panic!(
+            "{name} differs between {} and {}: {} and {} bytes, {} differ, from {:x?} on: {:x?}, {:x?}",
             a.display(),
-            b.display()
+            b.display(),
+            x.len(),
+            y.len(),
+            differing.len(),
+            differing.first(),
+            shown(&x),
+            shown(&y),
         );
     }
 }
@@ -124,6 +140,7 @@ fn survives_moves(name: &str, cpus: &str, delays_ms: &[u64]) {
     let mut socket = dir.0.join("socket");
     let options = ["--cpus", cpus, "--memory", "256M", "--disk", disk];
     let mut vm = start(&socket, &options);
+    socket = ready(&mut vm, socket);
     // During the boot, at moments that no two runs share.
     for (n, ms) in delays_ms.iter().enumerate() {
         std::thread::sleep(Duration::from_millis(*ms));

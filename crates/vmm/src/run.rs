@@ -555,11 +555,7 @@ impl Running {
         self.d.machine.console.release(true);
         self.stop_vcpus()?;
         self.d.machine.clock.stop();
-        self.d.machine.console.pause(true);
-        self.d.machine.input.pause(true);
-        for unit in &self.d.machine.units {
-            lock(unit).pause();
-        }
+        self.pause_units();
         let until = Instant::now() + DRAIN_WITHIN;
         for unit in &self.d.machine.units {
             while !lock(unit).drained() {
@@ -571,6 +567,15 @@ impl Running {
         }
         self.d.machine.vm.settle_irqfds();
         Ok(())
+    }
+
+    /// Has every unit take nothing more from outside.
+    fn pause_units(&self) {
+        self.d.machine.console.pause(true);
+        self.d.machine.input.pause(true);
+        for unit in &self.d.machine.units {
+            lock(unit).pause();
+        }
     }
 
     fn stop_vcpus(&mut self) -> Result<()> {
@@ -695,6 +700,8 @@ impl Running {
     fn restore(&mut self, dir: &std::path::Path) -> Result<()> {
         let manifest = snapshot::Manifest::read(dir).map_err(anyhow::Error::msg)?;
         let mut sections = snapshot::read_sections(dir, &manifest)?;
+        // What arrives before the machine runs must not change what is restored.
+        self.pause_units();
         let m = &self.d.machine;
         snapshot::same_tsc(manifest.0.tsc_khz, m.vm.caps().tsc_khz)?;
         m.clock.set_ns(manifest.0.clock_ns);
