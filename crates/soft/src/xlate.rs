@@ -37,7 +37,7 @@ use pyrite_mem::{GuestMemory, PAGE_CODE, PAGE_SIZE, PAGE_WRITE_CACHED};
 use pyrite_x86::bits::{cr0, cr4, efer, rflags};
 use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
-use self::cache::{Block, BlockKey, Cache, Exit};
+use self::cache::{AddrMap, Block, BlockKey, Cache, Exit};
 use self::code_tlb::{CodeTlb, PageCheck};
 use self::front::{Entries, Front, HostFeatures, Place, Tools};
 pub use self::layout::{FrameArea, Hot};
@@ -133,7 +133,7 @@ pub struct Translator {
     /// What an instruction interpreted in place ended with.
     trap: Option<Trap>,
     /// Blocks that must poll at their entry because a backward jump leads there.
-    must_poll: std::collections::HashSet<BlockKey>,
+    must_poll: AddrMap<BlockKey, ()>,
     /// Counters.
     pub stats: XlateStats,
 }
@@ -187,7 +187,7 @@ impl Translator {
             units: 0,
             moving: Vec::new(),
             trap: None,
-            must_poll: std::collections::HashSet::new(),
+            must_poll: AddrMap::default(),
             stats: XlateStats::default(),
         })
     }
@@ -598,7 +598,7 @@ fn link_exit(v: &mut SoftVcpu, x: u32) -> u32 {
     };
     if backward && !v.xlate.cache.blocks[to as usize].polls {
         // Every loop must notice the exit request: translate the target again, polling.
-        v.xlate.must_poll.insert(key);
+        v.xlate.must_poll.insert(key, ());
         kill(v, to);
         match find_or_translate(v, key, !near) {
             Some(t) => to = t,
@@ -751,7 +751,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
         }),
         None => None,
     };
-    let force_poll = v.xlate.must_poll.contains(&key);
+    let force_poll = v.xlate.must_poll.contains_key(&key);
     let start = v.xlate.cache.free_at();
     let base = v.xlate.cache.base() + start as u64;
     let first_exit = v.xlate.cache.exits.len() as u32;

@@ -12,7 +12,130 @@ use std::arch::naked_asm;
 use super::layout::{self, gpr, reason};
 use crate::frame::Frame;
 
-/// Runs translated code at `FrameArea::target` until it exits. State goes from and to the frame.
+/// Guest registers and flags to their homes; the frame is at RSP plus a number.
+macro_rules! save_registers {
+    ($at:literal) => {
+        concat!(
+            "mov [rsp + ",
+            $at,
+            " + {rax}], rax\n",
+            "lahf\n",
+            "seto al\n",
+            "mov [rsp + ",
+            $at,
+            " + {flags}], rax\n",
+            "mov [rsp + ",
+            $at,
+            " + {rcx}], rcx\n",
+            "mov [rsp + ",
+            $at,
+            " + {rdx}], rdx\n",
+            "mov [rsp + ",
+            $at,
+            " + {rbx}], rbx\n",
+            "mov [rsp + ",
+            $at,
+            " + {rsp}], r15\n",
+            "mov [rsp + ",
+            $at,
+            " + {rbp}], rbp\n",
+            "mov [rsp + ",
+            $at,
+            " + {rsi}], rsi\n",
+            "mov [rsp + ",
+            $at,
+            " + {rdi}], rdi\n",
+            "mov [rsp + ",
+            $at,
+            " + {r8}], r8\n",
+            "mov [rsp + ",
+            $at,
+            " + {r9}], r9\n",
+            "mov [rsp + ",
+            $at,
+            " + {r12}], r12\n",
+            "mov [rsp + ",
+            $at,
+            " + {r13}], r13\n",
+            "mov [rsp + ",
+            $at,
+            " + {r14}], r14\n",
+        )
+    };
+}
+
+/// The reverse of `save_registers`.
+macro_rules! load_registers {
+    ($at:literal) => {
+        concat!(
+            "mov rax, [rsp + ",
+            $at,
+            " + {flags}]\n",
+            "add al, 0x7f\n", // OF from AL
+            "sahf\n",
+            "mov rcx, [rsp + ",
+            $at,
+            " + {rcx}]\n",
+            "mov rdx, [rsp + ",
+            $at,
+            " + {rdx}]\n",
+            "mov rbx, [rsp + ",
+            $at,
+            " + {rbx}]\n",
+            "mov r15, [rsp + ",
+            $at,
+            " + {rsp}]\n",
+            "mov rbp, [rsp + ",
+            $at,
+            " + {rbp}]\n",
+            "mov rsi, [rsp + ",
+            $at,
+            " + {rsi}]\n",
+            "mov rdi, [rsp + ",
+            $at,
+            " + {rdi}]\n",
+            "mov r8, [rsp + ",
+            $at,
+            " + {r8}]\n",
+            "mov r9, [rsp + ",
+            $at,
+            " + {r9}]\n",
+            "mov r12, [rsp + ",
+            $at,
+            " + {r12}]\n",
+            "mov r13, [rsp + ",
+            $at,
+            " + {r13}]\n",
+            "mov r14, [rsp + ",
+            $at,
+            " + {r14}]\n",
+            "mov rax, [rsp + ",
+            $at,
+            " + {rax}]\n",
+        )
+    };
+}
+
+/// Back to the caller of [`enter`]; the frame is where a register says.
+macro_rules! to_host {
+    ($frame:literal) => {
+        concat!(
+            "mov rsp, [",
+            $frame,
+            " + {host_rsp}]\n",
+            "add rsp, 8\n",
+            "pop r15\n",
+            "pop r14\n",
+            "pop r13\n",
+            "pop r12\n",
+            "pop rbp\n",
+            "pop rbx\n",
+            "ret\n",
+        )
+    };
+}
+
+/// Runs translated code at `Hot::target` until it exits. State goes from and to the frame.
 ///
 /// # Safety
 /// `frame` is initialised, `target` is the entry of a translated block of this vCPU.
@@ -28,22 +151,7 @@ pub unsafe extern "sysv64" fn enter(frame: *mut Frame) {
         "sub rsp, 8",
         "mov [rdi + {host_rsp}], rsp",
         "mov rsp, rdi",
-        "mov rax, [rsp + {flags}]",
-        "add al, 0x7f", // OF from AL
-        "sahf",
-        "mov rcx, [rsp + {rcx}]",
-        "mov rdx, [rsp + {rdx}]",
-        "mov rbx, [rsp + {rbx}]",
-        "mov r15, [rsp + {rsp}]",
-        "mov rbp, [rsp + {rbp}]",
-        "mov rsi, [rsp + {rsi}]",
-        "mov rdi, [rsp + {rdi}]",
-        "mov r8, [rsp + {r8}]",
-        "mov r9, [rsp + {r9}]",
-        "mov r12, [rsp + {r12}]",
-        "mov r13, [rsp + {r13}]",
-        "mov r14, [rsp + {r14}]",
-        "mov rax, [rsp + {rax}]",
+        load_registers!("0"),
         "jmp qword ptr [rsp + {target}]",
         host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS, target = const layout::TARGET,
         rax = const gpr(0), rcx = const gpr(1), rdx = const gpr(2), rbx = const gpr(3),
@@ -60,22 +168,7 @@ pub unsafe extern "sysv64" fn enter(frame: *mut Frame) {
 #[unsafe(naked)]
 pub unsafe extern "sysv64" fn exit() {
     naked_asm!(
-        "mov [rsp + {rax}], rax",
-        "lahf",
-        "seto al",
-        "mov [rsp + {flags}], rax",
-        "mov [rsp + {rcx}], rcx",
-        "mov [rsp + {rdx}], rdx",
-        "mov [rsp + {rbx}], rbx",
-        "mov [rsp + {rsp}], r15",
-        "mov [rsp + {rbp}], rbp",
-        "mov [rsp + {rsi}], rsi",
-        "mov [rsp + {rdi}], rdi",
-        "mov [rsp + {r8}], r8",
-        "mov [rsp + {r9}], r9",
-        "mov [rsp + {r12}], r12",
-        "mov [rsp + {r13}], r13",
-        "mov [rsp + {r14}], r14",
+        save_registers!("0"),
         "cmp dword ptr [rsp + {live}], 0",
         "je 2f",
         "mov dword ptr [rsp + {live}], 0",
@@ -84,15 +177,7 @@ pub unsafe extern "sysv64" fn exit() {
         "xsave64 [rsp + {xsave}]",
         "ldmxcsr [rsp + {mxcsr}]",
         "2:",
-        "mov rsp, [rsp + {host_rsp}]",
-        "add rsp, 8",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbp",
-        "pop rbx",
-        "ret",
+        to_host!("rsp"),
         host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS,
         live = const layout::FPU_LIVE, mask = const layout::XSAVE_MASK,
         xsave = const layout::XSAVE, mxcsr = const layout::MXCSR_HOST,
@@ -192,50 +277,41 @@ pub unsafe extern "sysv64" fn signal_exit() {
     )
 }
 
-/// A direct exit that is not linked: called from where the exit's jump leads.
-///
-/// # Safety
-/// Only from translated code, by CALL; does not return.
-#[unsafe(naked)]
-pub unsafe extern "sysv64" fn link() {
-    naked_asm!(
-        "pop qword ptr [rsp + {left_at}]",
-        "mov dword ptr [rsp + {reason}], {link}",
-        "jmp {exit}",
-        left_at = const layout::LEFT_AT, reason = const layout::REASON,
-        link = const reason::LINK, exit = sym exit,
-    )
+/// A stub that leaves translated code, noting where it was called from.
+macro_rules! leave {
+    ($(#[$doc:meta])* $name:ident, $reason:expr) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// Only from translated code, by CALL; does not return.
+        #[unsafe(naked)]
+        pub unsafe extern "sysv64" fn $name() {
+            naked_asm!(
+                "pop qword ptr [rsp + {left_at}]",
+                "mov dword ptr [rsp + {reason}], {why}",
+                "jmp {exit}",
+                left_at = const layout::LEFT_AT, reason = const layout::REASON,
+                why = const $reason, exit = sym exit,
+            )
+        }
+    };
 }
 
-/// The exit request was seen at a block's entry.
-///
-/// # Safety
-/// Only from translated code, by CALL; does not return.
-#[unsafe(naked)]
-pub unsafe extern "sysv64" fn poll() {
-    naked_asm!(
-        "pop qword ptr [rsp + {left_at}]",
-        "mov dword ptr [rsp + {reason}], {poll}",
-        "jmp {exit}",
-        left_at = const layout::LEFT_AT, reason = const layout::REASON,
-        poll = const reason::POLL_ENTRY, exit = sym exit,
-    )
-}
-
-/// The page of a block that was jumped to must be looked up.
-///
-/// # Safety
-/// Only from translated code, by CALL; does not return.
-#[unsafe(naked)]
-pub unsafe extern "sysv64" fn moved() {
-    naked_asm!(
-        "pop qword ptr [rsp + {left_at}]",
-        "mov dword ptr [rsp + {reason}], {moved}",
-        "jmp {exit}",
-        left_at = const layout::LEFT_AT, reason = const layout::REASON,
-        moved = const reason::MOVED, exit = sym exit,
-    )
-}
+leave!(
+    /// A direct exit that is not linked: called from where the exit's jump leads.
+    link,
+    reason::LINK
+);
+leave!(
+    /// The exit request was seen at a block's entry.
+    poll,
+    reason::POLL_ENTRY
+);
+leave!(
+    /// The page of a block that was jumped to must be looked up.
+    moved,
+    reason::MOVED
+);
 
 /// Bit of an access: a store.
 pub const WRITE: u8 = 1;
@@ -391,15 +467,7 @@ pub unsafe extern "sysv64" fn slow() {
         "ret",
         "5:",
         "mov dword ptr [rbx + {live}], 0",
-        "mov rsp, [rbx + {host_rsp}]",
-        "add rsp, 8",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbp",
-        "pop rbx",
-        "ret",
+        to_host!("rbx"),
         split_at = const layout::SPLIT_AT, call = const super::front::STUB_CALL_BYTES,
         saved = const FLAGS_SAVED, write_bit = const WRITE, view_shift = const VIEW_SHIFT,
         host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS,
@@ -503,22 +571,7 @@ pub unsafe extern "sysv64" fn stack() {
 #[unsafe(naked)]
 pub unsafe extern "sysv64" fn step() {
     naked_asm!(
-        "mov [rsp + 8 + {rax}], rax",
-        "lahf",
-        "seto al",
-        "mov [rsp + 8 + {flags}], rax",
-        "mov [rsp + 8 + {rcx}], rcx",
-        "mov [rsp + 8 + {rdx}], rdx",
-        "mov [rsp + 8 + {rbx}], rbx",
-        "mov [rsp + 8 + {rsp}], r15",
-        "mov [rsp + 8 + {rbp}], rbp",
-        "mov [rsp + 8 + {rsi}], rsi",
-        "mov [rsp + 8 + {rdi}], rdi",
-        "mov [rsp + 8 + {r8}], r8",
-        "mov [rsp + 8 + {r9}], r9",
-        "mov [rsp + 8 + {r12}], r12",
-        "mov [rsp + 8 + {r13}], r13",
-        "mov [rsp + 8 + {r14}], r14",
+        save_registers!("8"),
         "cmp dword ptr [rsp + 8 + {live}], 0",
         "je 3f",
         "mov eax, [rsp + 8 + {mask}]",
@@ -539,34 +592,11 @@ pub unsafe extern "sysv64" fn step() {
         "xor edx, edx",
         "xrstor64 [rsp + 8 + {xsave}]",
         "4:",
-        "mov rax, [rsp + 8 + {flags}]",
-        "add al, 0x7f",
-        "sahf",
-        "mov rcx, [rsp + 8 + {rcx}]",
-        "mov rdx, [rsp + 8 + {rdx}]",
-        "mov rbx, [rsp + 8 + {rbx}]",
-        "mov r15, [rsp + 8 + {rsp}]",
-        "mov rbp, [rsp + 8 + {rbp}]",
-        "mov rsi, [rsp + 8 + {rsi}]",
-        "mov rdi, [rsp + 8 + {rdi}]",
-        "mov r8, [rsp + 8 + {r8}]",
-        "mov r9, [rsp + 8 + {r9}]",
-        "mov r12, [rsp + 8 + {r12}]",
-        "mov r13, [rsp + 8 + {r13}]",
-        "mov r14, [rsp + 8 + {r14}]",
-        "mov rax, [rsp + 8 + {rax}]",
+        load_registers!("8"),
         "ret",
         "5:",
         "mov dword ptr [rbx + {live}], 0",
-        "mov rsp, [rbx + {host_rsp}]",
-        "add rsp, 8",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbp",
-        "pop rbx",
-        "ret",
+        to_host!("rbx"),
         host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS,
         live = const layout::FPU_LIVE, mask = const layout::XSAVE_MASK,
         xsave = const layout::XSAVE, mxcsr = const layout::MXCSR_HOST,
@@ -586,22 +616,7 @@ pub unsafe extern "sysv64" fn step() {
 #[unsafe(naked)]
 pub unsafe extern "sysv64" fn step_jump() {
     naked_asm!(
-        "mov [rsp + 8 + {rax}], rax",
-        "lahf",
-        "seto al",
-        "mov [rsp + 8 + {flags}], rax",
-        "mov [rsp + 8 + {rcx}], rcx",
-        "mov [rsp + 8 + {rdx}], rdx",
-        "mov [rsp + 8 + {rbx}], rbx",
-        "mov [rsp + 8 + {rsp}], r15",
-        "mov [rsp + 8 + {rbp}], rbp",
-        "mov [rsp + 8 + {rsi}], rsi",
-        "mov [rsp + 8 + {rdi}], rdi",
-        "mov [rsp + 8 + {r8}], r8",
-        "mov [rsp + 8 + {r9}], r9",
-        "mov [rsp + 8 + {r12}], r12",
-        "mov [rsp + 8 + {r13}], r13",
-        "mov [rsp + 8 + {r14}], r14",
+        save_registers!("8"),
         "cmp dword ptr [rsp + 8 + {live}], 0",
         "je 3f",
         "mov eax, [rsp + 8 + {mask}]",
@@ -623,36 +638,13 @@ pub unsafe extern "sysv64" fn step_jump() {
         "xor edx, edx",
         "xrstor64 [rsp + 8 + {xsave}]",
         "4:",
-        "mov rax, [rsp + 8 + {flags}]",
-        "add al, 0x7f",
-        "sahf",
-        "mov rcx, [rsp + 8 + {rcx}]",
-        "mov rdx, [rsp + 8 + {rdx}]",
-        "mov rbx, [rsp + 8 + {rbx}]",
-        "mov r15, [rsp + 8 + {rsp}]",
-        "mov rbp, [rsp + 8 + {rbp}]",
-        "mov rsi, [rsp + 8 + {rsi}]",
-        "mov rdi, [rsp + 8 + {rdi}]",
-        "mov r8, [rsp + 8 + {r8}]",
-        "mov r9, [rsp + 8 + {r9}]",
-        "mov r12, [rsp + 8 + {r12}]",
-        "mov r13, [rsp + 8 + {r13}]",
-        "mov r14, [rsp + 8 + {r14}]",
-        "mov rax, [rsp + 8 + {rax}]",
+        load_registers!("8"),
         "lea rsp, [rsp + 8]",
         "mov r10, [rsp + {rip}]",
         "jmp qword ptr [rsp + {target}]",
         "5:",
         "mov dword ptr [rbx + {live}], 0",
-        "mov rsp, [rbx + {host_rsp}]",
-        "add rsp, 8",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbp",
-        "pop rbx",
-        "ret",
+        to_host!("rbx"),
         host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS,
         target = const layout::TARGET, rip = const layout::RIP,
         live = const layout::FPU_LIVE, mask = const layout::XSAVE_MASK,
