@@ -4,6 +4,7 @@
 //! - [`keys`]: names, characters and X11 keysyms as keys.
 //! - [`input`]: the queue to the guest's keyboard and mouse.
 //! - [`png`]: files of screenshots.
+//! - [`rfb`]: the VNC server.
 //!
 //! Nobody looks, nothing is drawn: a picture is made when somebody asks, at most [`FRAME`] after the
 //! last one, and compared with the one before to find what changed. The guest is not involved: it
@@ -14,6 +15,7 @@
 pub mod input;
 pub mod keys;
 pub mod png;
+pub mod rfb;
 #[cfg(test)]
 mod tests;
 

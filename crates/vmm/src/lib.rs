@@ -14,7 +14,8 @@
 //! # Threads
 //!
 //! The state driver (the process's first thread), one thread per vCPU (`vcpu0` …), `timers`,
-//! `control`, `console-in`, `console-out`, `input`, on KVM one per virtio device that waits for its doorbells
+//! `control`, `console-in`, `console-out`, `input`, `vnc` and two for each
+//! of its clients, on KVM one per virtio device that waits for its doorbells
 //! (`bell-blk0` …), and those of back ends. Everything that changes the
 //! state of the VM goes through the driver's queue.
 #![deny(unsafe_code)]

@@ -37,6 +37,7 @@ use pyrite_virtio::{
 
 use crate::display::Screen;
 use crate::display::input::Input;
+use crate::display::rfb::Server;
 use crate::engines::Engine;
 use crate::output::OutputFile;
 use crate::run::console::Console;
@@ -111,6 +112,8 @@ pub struct Machine {
     pub screen: Option<(Arc<Screen>, Arc<Mutex<Vga>>)>,
     /// Keyboard and mouse.
     pub input: Input,
+    /// The VNC server, if the screen has one.
+    pub vnc: Option<Server>,
     /// Number of vCPUs.
     pub vcpus: u32,
 }
@@ -259,6 +262,7 @@ impl Machine {
         let screen = screen::plug(spec, &mut slots)?;
         let input = Input::new(&chipset.i8042).map_err(|e| host("input")(e.into()))?;
         let trays = drives::plug(spec, &mut slots, &mut image_disks)?;
+        let vnc = screen::listen(spec, &screen, &input)?;
         units.extend(pci_host);
 
         let acpi_pm = Arc::clone(&chipset.pm);
@@ -296,6 +300,7 @@ impl Machine {
             balloon,
             screen,
             input,
+            vnc,
             vcpus: spec.cpus,
         })
     }

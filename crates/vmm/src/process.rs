@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use pyrite_api::control::{self, Ending, Event as Notice, Hello, Message, PROTOCOL};
-use pyrite_api::v1::{ConsoleKind, ScreenSpec, SpecError, VmSpec};
+use pyrite_api::v1::{ConsoleKind, ScreenSpec, SpecError, VmSpec, VncListen};
 
 use crate::engines::{self, Engine};
 use crate::machine::{AssemblyError, Machine};
@@ -48,10 +48,19 @@ pub fn serve(mut control: UnixStream, console: UnixStream) -> Result<()> {
     }
     let ending = match assemble(hello, from, &control, console) {
         Ok((driver, console)) => {
-            let socket = driver.spec.vsock.clone();
+            let vnc = driver
+                .spec
+                .screen
+                .vnc
+                .as_ref()
+                .and_then(|v| match &v.listen {
+                    VncListen::Unix(path) => Some(path.clone()),
+                    VncListen::Tcp(_) => None,
+                });
+            let sockets = [driver.spec.vsock.clone(), vnc];
             let ending = driver.drive();
             console.finish(SHOW_WITHIN);
-            if let Some(path) = socket {
+            for path in sockets.into_iter().flatten() {
                 // The process ends without dropping its devices.
                 let _ = std::fs::remove_file(path);
             }

@@ -644,12 +644,19 @@ impl Running {
             let u = lock(u);
             (u.unit().to_owned(), u.inspect())
         });
+        let vnc = m.vnc.as_ref().map(|v| {
+            Inspect::node([
+                ("address", Inspect::Text(v.address())),
+                ("clients", Inspect::Uint(v.clients() as u64)),
+            ])
+        });
         Inspect::node([
             ("engine", Inspect::Text(self.d.engine.0.into())),
             ("running", Inspect::Bool(self.running)),
             ("time-ns", Inspect::Uint(m.clock.now_ns())),
             ("memory-bytes", Inspect::Uint(m.memory.size_bytes())),
             ("resets", Inspect::Uint(self.resets.into())),
+            ("vnc", vnc.unwrap_or(Inspect::Bool(false))),
             ("vm", m.vm.inspect()),
             ("trays", m.inspect_trays()),
             ("units", Inspect::Node(units.collect())),

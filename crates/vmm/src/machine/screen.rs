@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use pyrite_api::v1::{ScreenSpec, VgaKind, VmSpec};
+use pyrite_api::v1::{ScreenSpec, VgaKind, VmSpec, VncListen};
 use pyrite_devices::display::vga::{
     DISPI_PORTS_COUNT, DISPI_PORTS_START, MAX_ROM_BYTES, PORTS_COUNT, PORTS_START,
     VIDEO_MEMORY_BYTES, Vga, WINDOW_BYTES, WINDOW_START, find_font,
@@ -14,6 +14,8 @@ use pyrite_vdev::{BarMemory, PciFunction};
 
 use super::{AssemblyError, Slots, host, input};
 use crate::display::Screen;
+use crate::display::input::Input;
+use crate::display::rfb::{self, Server};
 
 /// Its slot, away from those that are filled in order.
 const SLOT: u8 = 30;
@@ -113,4 +115,38 @@ pub(super) fn plug(spec: &VmSpec, slots: &mut Slots<'_>) -> Result<Plugged, Asse
     slots.units.push(vga.clone());
     let screen = Screen::new(vga.clone());
     Ok(Some((Arc::new(screen), vga)))
+}
+
+/// The VNC server, listening, if there is to be one.
+pub(super) fn listen(
+    spec: &VmSpec,
+    screen: &Plugged,
+    input_queue: &Input,
+) -> Result<Option<Server>, AssemblyError> {
+    let (Some(vnc), Some((screen, _))) = (&spec.screen.vnc, screen) else {
+        return Ok(None);
+    };
+    let password = vnc.password_file.as_deref().map(rfb::read_password);
+    let password = password
+        .transpose()
+        .map_err(|e| input("screen.vnc.password_file", e))?;
+    let server = Server::listen(
+        &vnc.listen,
+        Arc::clone(screen),
+        input_queue.clone(),
+        "Pyrite",
+        password.as_deref(),
+    );
+    let server = server.map_err(|e| {
+        let at = match &vnc.listen {
+            VncListen::Unix(path) => path.display().to_string(),
+            VncListen::Tcp(address) => address.to_string(),
+        };
+        input("screen.vnc.listen", format!("cannot listen on {at}: {e}"))
+    })?;
+    server
+        .serve()
+        .map_err(|e| host("the VNC server")(e.into()))?;
+    tracing::info!(address = server.address(), "VNC");
+    Ok(Some(server))
 }
