@@ -24,8 +24,16 @@ fn guest() -> Option<Guest> {
         arch: "amd64",
         package: "linux-image-amd64",
     };
-    let modules = ["ahci", "ata_piix", "sd_mod", "sr_mod", "isofs"];
-    match fixtures::guest_with(kernel, "-storage2", &modules) {
+    let modules = [
+        "ahci",
+        "ata_piix",
+        "nvme",
+        "virtio_scsi",
+        "sd_mod",
+        "sr_mod",
+        "isofs",
+    ];
+    match fixtures::guest_with(kernel, "-storage3", &modules) {
         Ok(guest) => Some(guest),
         Err(why) => {
             println!("skipped: {why}");
@@ -306,6 +314,56 @@ fn ide() {
     assert_eq!(vm.ask("cat /sys/block/sda/device/model"), "PYRITE HARDDISK");
     let modes = "cat /sys/class/ata_device/dev*/dma_mode | sort -u";
     assert_eq!(vm.ask(modes), "XFER_MW_DMA_2", "a PIIX3 has no faster one");
+    disk_works(&mut vm, "sda", &disk, true);
+    cd_works(&mut vm, &cds);
+    snapshot_under_load(vm, &dir, "sda", &options);
+}
+
+#[test]
+fn nvme() {
+    let Some(guest) = guest() else { return };
+    let dir = Scratch::new("nvme");
+    let disk = blank(&dir, "disk", 64 * MIB);
+    let large = blank(&dir, "large", 64 * MIB);
+    let options = with(&[
+        (
+            "--disk",
+            format!("{},bus=nvme,serial=NVME-1", disk.display()),
+        ),
+        ("--disk", format!("{},bus=nvme,block=4096", large.display())),
+        ("--memory", "256M".into()),
+        ("--cpus", "2".into()),
+    ]);
+    let mut vm = Vm::boot(&dir, &guest, &options);
+    assert_eq!(vm.ask("cat /sys/class/nvme/nvme0/model"), "PYRITE NVME");
+    assert_eq!(vm.ask("cat /sys/class/nvme/nvme0/serial"), "NVME-1");
+    let interrupts = "grep -c nvme0q /proc/interrupts";
+    assert_eq!(vm.ask(interrupts), "3", "admin queue and one for each vCPU");
+    let block = "cat /sys/block/nvme1n1/queue/logical_block_size";
+    assert_eq!(vm.ask(block), "4096");
+    disk_works(&mut vm, "nvme0n1", &disk, true);
+    disk_works(&mut vm, "nvme1n1", &large, true);
+    snapshot_under_load(vm, &dir, "nvme0n1", &options);
+}
+
+#[test]
+fn virtio_scsi() {
+    let Some(guest) = guest() else { return };
+    let dir = Scratch::new("scsi");
+    let disk = blank(&dir, "disk", 64 * MIB);
+    let cds = cd_images(&dir);
+    let options = with(&[
+        (
+            "--disk",
+            format!("{},bus=scsi,serial=SCSI-1", disk.display()),
+        ),
+        ("--cdrom", format!("{},bus=scsi", cds[0].display())),
+        ("--memory", "256M".into()),
+        ("--cpus", "2".into()),
+    ]);
+    let mut vm = Vm::boot(&dir, &guest, &options);
+    assert_eq!(vm.ask("cat /sys/block/sda/device/vendor"), "PYRITE");
+    assert_eq!(vm.ask("cat /sys/block/sda/queue/fua"), "1");
     disk_works(&mut vm, "sda", &disk, true);
     cd_works(&mut vm, &cds);
     snapshot_under_load(vm, &dir, "sda", &options);

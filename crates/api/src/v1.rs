@@ -153,6 +153,10 @@ pub enum DiskBus {
     Ahci,
     /// Parallel ATA at the ports of a PC; four drives at most.
     Ide,
+    /// An NVMe controller of its own; not for CDs.
+    Nvme,
+    /// A target of a virtio SCSI host.
+    Scsi,
 }
 
 /// A disk.
@@ -176,6 +180,9 @@ pub struct DiskSpec {
     /// How it is connected.
     #[serde(default)]
     pub bus: DiskBus,
+    /// Bytes of a logical block, 512 or 4096; that of the image without.
+    #[serde(default)]
+    pub block_bytes: Option<u32>,
 }
 
 /// A CD/DVD drive.
@@ -185,7 +192,7 @@ pub struct CdromSpec {
     /// Image of the medium, raw (ISO 9660); the tray is empty without.
     #[serde(default)]
     pub path: Option<PathBuf>,
-    /// How it is connected; not virtio.
+    /// How it is connected; not virtio and not NVMe.
     pub bus: DiskBus,
 }
 
@@ -424,6 +431,10 @@ impl VmSpec {
                 let text = format!("expected 1 to {MAX_SERIAL_BYTES} printable ASCII characters");
                 bad(format!("disks[{n}].serial"), text);
             }
+            if d.block_bytes.is_some_and(|b| b != 512 && b != 4096) {
+                let text = "expected 512 or 4096";
+                bad(format!("disks[{n}].block_bytes"), text.into());
+            }
             let same = |o: &DiskSpec| o.path == d.path && !(o.read_only && d.read_only);
             if self.disks.iter().take(n).any(same) {
                 bad(
@@ -446,8 +457,8 @@ impl VmSpec {
                 let text = "expected the path of a CD image";
                 bad(format!("cdroms[{n}].path"), text.into());
             }
-            if c.bus == DiskBus::Virtio {
-                let text = "a CD drive cannot be on virtio; expected ahci or ide";
+            if matches!(c.bus, DiskBus::Virtio | DiskBus::Nvme) {
+                let text = "a CD drive cannot be there; expected ahci, ide or scsi";
                 bad(format!("cdroms[{n}].bus"), text.into());
             }
         }

@@ -156,18 +156,19 @@ pub struct RunArgs {
     ///
     /// FILE is raw unless format=FORMAT says otherwise (qcow2, vmdk, vdi, vhd, vhdx); the format
     /// is never guessed. backing=allow lets the image name other files that are then read, such
-    /// as a backing file. bus= says how the disk is connected: virtio (the default), ahci or
-    /// ide.
+    /// as a backing file. bus= says how the disk is connected: virtio (the default), ahci,
+    /// ide, nvme or scsi (virtio-scsi). block=4096 shows it with blocks of 4 KiB.
     #[arg(
         long = "disk",
-        value_name = "FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT][,bus=BUS]",
+        value_name = "FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT][,bus=BUS][,block=BYTES]",
         value_parser = parse_disk
     )]
     pub disks: Vec<DiskSpec>,
     /// CD/DVD drive; repeatable
     ///
     /// FILE is the image of the medium (ISO 9660), or none for an empty tray; `pyrite ctl` changes
-    /// it. bus= says how the drive is connected: ahci (the default) or ide.
+    /// it. bus= says how the drive is connected: ahci (the default),
+    /// ide or scsi.
     #[arg(long = "cdrom", value_name = "FILE[,bus=BUS]", value_parser = parse_cdrom)]
     pub cdroms: Vec<CdromSpec>,
     /// Network card
@@ -364,12 +365,16 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
             Some(("serial", s)) => disk.serial = Some(s.to_owned()),
             Some(("format", f)) => disk.format = parse_disk_format(f)?,
             Some(("bus", b)) => disk.bus = parse_bus(b)?,
+            Some(("block", b)) => {
+                let bytes = b.parse().map_err(|_| "expected block=512 or block=4096")?;
+                disk.block_bytes = Some(bytes);
+            }
             Some(("backing", "allow")) => disk.allow_backing = true,
             Some(("backing", "refuse")) => disk.allow_backing = false,
             _ => {
                 return Err(format!(
                     "unknown setting {part:?}; expected format=FORMAT, ro, backing=allow, \
-                     serial=TEXT or bus=BUS (a comma in the file name is written ,,)"
+                     serial=TEXT, bus=BUS or block=BYTES (a comma in the file name is written ,,)"
                 ));
             }
         }
@@ -407,9 +412,11 @@ fn parse_bus(text: &str) -> Result<DiskBus, String> {
         "virtio" => DiskBus::Virtio,
         "ahci" => DiskBus::Ahci,
         "ide" => DiskBus::Ide,
+        "nvme" => DiskBus::Nvme,
+        "scsi" => DiskBus::Scsi,
         _ => {
             return Err(format!(
-                "unknown bus {text:?}; expected virtio, ahci or ide"
+                "unknown bus {text:?}; expected virtio, ahci, ide, nvme or scsi"
             ));
         }
     })

@@ -16,6 +16,7 @@
 pub mod ahci;
 pub mod ata;
 pub mod ide;
+pub mod nvme;
 #[cfg(test)]
 mod testing;
 

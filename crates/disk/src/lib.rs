@@ -14,6 +14,7 @@ use std::sync::Arc;
 use pyrite_mem::GuestMemory;
 
 pub mod batch;
+pub mod blocks;
 mod bytes;
 mod check;
 pub mod conformance;

@@ -24,6 +24,7 @@
 //! | [`Console`] | `Console::new(Vec<PortConfig>)` | [`PortSink`], given to each back end |
 //! | [`Rng`] | `Rng::new()?` | |
 //! | [`Balloon`] | `Balloon::new()?` | [`Balloon::control`] |
+//! | [`Scsi`] | `Scsi::new(Vec<Unit>, ScsiConfig)` | [`Scsi::control`] |
 //! | [`Vsock`] | `Vsock::new(VsockConfig)?` | Unix sockets |
 //!
 //! Take a control handle before the device is boxed. Unit names end in a number of their kind, as
@@ -48,6 +49,7 @@ pub mod link;
 pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod scsi;
 pub mod spec;
 #[cfg(test)]
 mod testing;
@@ -62,5 +64,6 @@ pub use device::VirtioDevice;
 pub use link::DriverLink;
 pub use net::{Net, NetConfig, NetControl};
 pub use rng::Rng;
+pub use scsi::{Scsi, ScsiConfig, ScsiControl};
 pub use transport::pci::VirtioPciDevice;
 pub use vsock::{Vsock, VsockConfig};

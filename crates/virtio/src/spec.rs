@@ -15,6 +15,8 @@ pub const VIRTIO_ID_CONSOLE: u16 = 3;
 pub const VIRTIO_ID_RNG: u16 = 4;
 /// Memory balloon.
 pub const VIRTIO_ID_BALLOON: u16 = 5;
+/// SCSI host, virtio 1.3 §5.6.
+pub const VIRTIO_ID_SCSI: u16 = 8;
 /// Socket device.
 pub const VIRTIO_ID_VSOCK: u16 = 19;
 

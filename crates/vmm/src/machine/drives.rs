@@ -7,15 +7,22 @@ use pyrite_api::v1::{DiskBus, DiskFormat, VmSpec};
 use pyrite_devices::storage::ahci::{self, Ahci};
 use pyrite_devices::storage::ata::{Device, Names};
 use pyrite_devices::storage::ide::Ide;
+use pyrite_devices::storage::nvme::{Nvme, NvmeNames};
+use pyrite_disk::blocks::LargeBlocks;
 use pyrite_disk::medium::Tray;
 use pyrite_disk::raw::RawImage;
+use pyrite_disk::scsi::{Identity, Kind, Unit};
 use pyrite_disk::storage::HostFile;
 use pyrite_disk::{BlockBackend, ImageDisk};
 use pyrite_state::Inspect;
 use pyrite_vdev::bus::lock;
 use pyrite_vdev::{IrqLine, IrqSink};
+use pyrite_virtio::{Scsi, ScsiConfig};
 
 use super::{AssemblyError, Machine, Slots, input, open_disk};
+
+/// LIMIT: request queues of a SCSI host.
+const MAX_SCSI_QUEUES: u16 = 16;
 
 /// Opens disk `n`; if its format keeps tables in memory, it is put on that list.
 pub(super) fn open_listed(
@@ -28,7 +35,12 @@ pub(super) fn open_listed(
     if disk.format != DiskFormat::Raw {
         image_disks.push(Arc::clone(&backend));
     }
-    Ok(backend)
+    let Some(block_bytes) = disk.block_bytes else {
+        return Ok(backend);
+    };
+    let large = LargeBlocks::new(backend, block_bytes)
+        .map_err(|e| input(format!("disks[{n}].block_bytes"), format!("the disk {e}")))?;
+    Ok(Arc::new(large))
 }
 
 fn open_medium(path: &Path) -> Result<Arc<dyn BlockBackend>, String> {
@@ -110,7 +122,70 @@ pub(super) fn plug(
         // It does not use its INTx line.
         slots.plug_function(|_| ide)?;
     }
+    plug_nvme(spec, slots, image_disks)?;
+    plug_scsi(spec, slots, &trays, image_disks)?;
     Ok(trays)
+}
+
+/// An NVMe controller for each of its disks.
+fn plug_nvme(
+    spec: &VmSpec,
+    slots: &mut Slots<'_>,
+    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
+) -> Result<(), AssemblyError> {
+    let disks = spec.disks.iter().enumerate();
+    let disks = disks.filter(|(_, d)| d.bus == DiskBus::Nvme);
+    for (number, (n, d)) in disks.enumerate() {
+        let namespaces = vec![open_listed(spec, n, image_disks)?];
+        let names = NvmeNames {
+            model: "PYRITE NVME".into(),
+            serial: serial(d.serial.as_deref(), n),
+            firmware: "1.0".into(),
+        };
+        let (memory, msi) = (Arc::clone(slots.memory), Arc::clone(&slots.msi));
+        let unit = format!("nvme{number}");
+        slots.plug_function(|line| Nvme::new(&unit, names, namespaces, memory, msi, line))?;
+    }
+    Ok(())
+}
+
+/// One SCSI host for all its disks and CD drives, with a request queue for each vCPU.
+fn plug_scsi(
+    spec: &VmSpec,
+    slots: &mut Slots<'_>,
+    trays: &[Arc<Tray>],
+    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
+) -> Result<(), AssemblyError> {
+    let identity = |product: &str, serial: String| Identity {
+        vendor: "PYRITE".into(),
+        product: product.into(),
+        revision: "1.0".into(),
+        serial,
+    };
+    let mut units = Vec::new();
+    for (n, d) in spec.disks.iter().enumerate() {
+        if d.bus == DiskBus::Scsi {
+            let kind = Kind::Disk(open_listed(spec, n, image_disks)?);
+            let identity = identity("HARDDISK", serial(d.serial.as_deref(), n));
+            units.push(Unit::new(kind, identity, false));
+        }
+    }
+    for (n, (c, tray)) in spec.cdroms.iter().zip(trays).enumerate() {
+        if c.bus == DiskBus::Scsi {
+            let identity = identity("DVD-ROM", serial(None, n));
+            units.push(Unit::new(Kind::Cd(Arc::clone(tray)), identity, false));
+        }
+    }
+    if units.is_empty() {
+        return Ok(());
+    }
+    let config = ScsiConfig {
+        queues: u16::try_from(spec.cpus)
+            .unwrap_or(u16::MAX)
+            .min(MAX_SCSI_QUEUES),
+        ..ScsiConfig::default()
+    };
+    slots.plug("virtio-scsi0", Box::new(Scsi::new(units, config)))
 }
 
 impl Machine {
