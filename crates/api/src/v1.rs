@@ -9,11 +9,13 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod firmware;
 mod screen;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
+pub use firmware::{FirmwareSpec, SmbiosSpec};
 pub use screen::{ScreenSpec, VgaKind, VncListen, VncSpec};
 pub use snapshot::{SNAPSHOT_FORMAT, SnapshotManifest};
 
@@ -100,7 +102,11 @@ pub enum Protocol {
 #[serde(deny_unknown_fields)]
 pub struct BootSpec {
     /// Kernel file.
+    #[serde(default)]
     pub kernel: PathBuf,
+    /// Firmware that boots, instead of a kernel.
+    #[serde(default)]
+    pub firmware: Option<FirmwareSpec>,
     /// Initial RAM disk.
     #[serde(default)]
     pub initrd: Option<PathBuf>,
@@ -247,6 +253,9 @@ pub struct VmSpec {
     pub cpu_model: String,
     /// What is booted.
     pub boot: BootSpec,
+    /// Who the machine says that it is.
+    #[serde(default)]
+    pub smbios: SmbiosSpec,
     /// Disks in PCI order.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
@@ -300,6 +309,7 @@ impl Default for VmSpec {
             engine: EngineKind::Auto,
             cpu_model: host_model(),
             boot: BootSpec::default(),
+            smbios: SmbiosSpec::default(),
             disks: Vec::new(),
             cdroms: Vec::new(),
             net: NetSpec::default(),
@@ -371,9 +381,21 @@ impl VmSpec {
                 "expected the name of a CPU model, e.g. host".into(),
             );
         }
-        if self.boot.kernel.as_os_str().is_empty() && self.restore.is_none() {
-            bad("boot.kernel".into(), "expected the path of a kernel".into());
+        let no_kernel = self.boot.kernel.as_os_str().is_empty();
+        match &self.boot.firmware {
+            Some(f) => {
+                f.validate(&mut bad);
+                if !no_kernel {
+                    let problem = "is given together with a kernel; expected one of them";
+                    bad("boot.firmware".into(), problem.into());
+                }
+            }
+            None if no_kernel && self.restore.is_none() => {
+                bad("boot.kernel".into(), "expected the path of a kernel".into());
+            }
+            None => {}
         }
+        self.smbios.validate(&mut bad);
         if self.boot.append.len() > MAX_APPEND_BYTES || self.boot.append.contains('\0') {
             let text = format!("expected at most {MAX_APPEND_BYTES} bytes without NUL");
             bad("boot.append".into(), text);

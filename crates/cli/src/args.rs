@@ -11,6 +11,8 @@ use pyrite_api::v1::{
 };
 use pyrite_disk::Format;
 
+use crate::firmware::FirmwareArgs;
+
 /// Runs virtual machines, with or without hardware virtualisation.
 #[derive(Debug, Parser)]
 #[command(name = "pyrite", version, about, propagate_version = true)]
@@ -152,6 +154,9 @@ pub struct RunArgs {
     /// Multiboot module, with its arguments after a space; repeatable
     #[arg(long = "module", value_name = "FILE[ ARGS]", requires = "kernel")]
     pub modules: Vec<String>,
+    /// Firmware.
+    #[command(flatten)]
+    pub firmware: FirmwareArgs,
     /// Disk image; repeatable
     ///
     /// FILE is raw unless format=FORMAT says otherwise (qcow2, vmdk, vdi, vhd, vhdx); the format
@@ -253,7 +258,7 @@ impl RunArgs {
             ConsoleArg::Virtio => ConsoleKind::Virtio,
             ConsoleArg::None => ConsoleKind::None,
         });
-        VmSpec {
+        let mut spec = VmSpec {
             cpus: self.cpus,
             memory_bytes: self.memory,
             engine: match self.engine {
@@ -267,6 +272,7 @@ impl RunArgs {
                 initrd: self.initrd.clone(),
                 append: self.append.clone().unwrap_or_default(),
                 modules: modules.collect(),
+                ..BootSpec::default()
             },
             disks: self.disks.clone(),
             cdroms: self.cdroms.clone(),
@@ -294,7 +300,10 @@ impl RunArgs {
                 .map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
             restore: self.restore.clone(),
             paused: self.paused,
-        }
+            ..VmSpec::default()
+        };
+        self.firmware.fill(&mut spec);
+        spec
     }
 }
 
@@ -305,6 +314,12 @@ fn option_of(path: &str) -> &'static str {
         ("boot", p) if p.starts_with("boot.initrd") => "--initrd",
         ("boot", p) if p.starts_with("boot.append") => "--append",
         ("boot", p) if p.starts_with("boot.modules") => "--module",
+        ("boot", "boot.firmware.vars") => "--firmware-vars",
+        ("boot", "boot.firmware.order" | "boot.firmware.once" | "boot.firmware.menu_ms") => {
+            "--boot"
+        }
+        ("boot", p) if p.starts_with("boot.firmware") => "--firmware",
+        ("smbios", _) => "--smbios",
         ("boot", _) => "--kernel",
         ("cpus", _) => "--cpus",
         ("memory_bytes", _) => "--memory",
@@ -333,8 +348,8 @@ pub fn describe(error: &SpecError) -> String {
     format!("{}: {}", option_of(&error.path), error.problem)
 }
 
-/// `FILE,SETTING,…`. A comma in the file name is written twice.
-fn split_settings(text: &str) -> Vec<String> {
+/// The parts between single commas; a comma in a part is written twice.
+pub fn split_at_commas(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
@@ -349,7 +364,7 @@ fn split_settings(text: &str) -> Vec<String> {
 
 /// `FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT][,bus=BUS]`.
 fn parse_disk(text: &str) -> Result<DiskSpec, String> {
-    let mut parts = split_settings(text).into_iter();
+    let mut parts = split_at_commas(text).into_iter();
     let path = parts
         .next()
         .filter(|p| !p.is_empty())
@@ -384,7 +399,7 @@ fn parse_disk(text: &str) -> Result<DiskSpec, String> {
 
 /// `FILE[,bus=BUS]`; `none` is an empty tray.
 fn parse_cdrom(text: &str) -> Result<CdromSpec, String> {
-    let mut parts = split_settings(text).into_iter();
+    let mut parts = split_at_commas(text).into_iter();
     let path = parts
         .next()
         .filter(|p| !p.is_empty())

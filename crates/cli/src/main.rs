@@ -8,6 +8,7 @@ mod ctl;
 mod doctor;
 mod escape;
 mod exit;
+mod firmware;
 mod front;
 mod image;
 mod log;
@@ -52,7 +53,8 @@ fn run(args: &RunArgs) -> u8 {
     };
     log::start(filter, false);
     let mut spec = args.spec();
-    if args.kernel.is_none() && args.restore.is_none() {
+    let boots_firmware = spec.boot.firmware.is_some();
+    if args.kernel.is_none() && args.restore.is_none() && !boots_firmware {
         // What is wrong with the other options is said before anything is fetched.
         let mut without = spec.clone();
         without.boot.kernel = "stock".into();
@@ -67,7 +69,8 @@ fn run(args: &RunArgs) -> u8 {
             }
         }
     }
-    if spec.boot.append.is_empty() && args.append.is_none() && spec.restore.is_none() {
+    let boots_kernel = spec.restore.is_none() && !boots_firmware;
+    if spec.boot.append.is_empty() && args.append.is_none() && boots_kernel {
         // Without a word from the user the kernel should talk to the console that there is.
         spec.boot.append = match spec.console {
             ConsoleKind::Serial => "console=ttyS0".into(),

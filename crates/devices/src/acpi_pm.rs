@@ -74,6 +74,8 @@ pub struct AcpiPm {
     timer: DeviceTimer,
     sci: IrqLine,
     events: Arc<dyn MachineEvents>,
+    /// SLP_TYPx of power off on this board.
+    off_type: u16,
 }
 
 impl AcpiPm {
@@ -90,8 +92,15 @@ impl AcpiPm {
                 timer,
                 sci,
                 events,
+                off_type: SLP_TYP_S5,
             })
         })
+    }
+
+    /// Makes `slp_typ` (0-7) what switches the machine off, instead of [`SLP_TYP_S5`]: firmware for
+    /// virtual machines has a value built in.
+    pub fn set_off_type(&mut self, slp_typ: u16) {
+        self.off_type = slp_typ & 7;
     }
 
     /// The power button was pressed: the guest is asked to shut down.
@@ -162,7 +171,7 @@ impl AcpiPm {
                 r.pm1_cnt = r.pm1_cnt & 0x00ff | value & 7 << SLP_TYP_SHIFT;
                 if value & SLP_EN != 0 {
                     match value >> SLP_TYP_SHIFT & 7 {
-                        SLP_TYP_S5 => self.events.power_off(),
+                        t if t == self.off_type => self.events.power_off(),
                         SLP_TYP_S3 => self.events.suspend(),
                         other => tracing::warn!(slp_typ = other, "no such sleep state"),
                     }
@@ -225,6 +234,7 @@ impl Lifecycle for AcpiPm {
             timer: _,
             sci: _,
             events: _,
+            off_type: _,
         } = self;
         Ok(Section::new("acpi-pm", KIND, VERSION, regs))
     }

@@ -13,12 +13,15 @@ use pyrite_vdev::{
 
 use crate::acpi_pm::{self, AcpiPm};
 use crate::debug_ports::{DEBUG_EXIT, DEBUGCON, DebugPorts, POST};
+use crate::flash::Flash;
 use crate::fw_cfg::{self, FwCfg};
 use crate::hpet::{Hpet, HpetLines};
 use crate::i8042::{self, I8042};
+use crate::irq::pirq::PirqRouter;
 use crate::irq::{InterruptRouter, IoApic, IoApicDevice, Pic, PicDevice, SharedLines};
+use crate::lpc::{self, Lpc};
 use crate::pci_host::{
-    self, ConfigPorts, Ecam, IoWindow, MemoryWindow, PciHost, PciHostUnit, SlotError,
+    self, ConfigPorts, Ecam, IoWindow, MemoryWindow, PciHost, PciHostUnit, SlotError, Windows,
 };
 use crate::pit::Pit;
 use crate::reset_ports::{PORT92, RST_CNT, ResetPorts};
@@ -52,10 +55,22 @@ pub struct ChipsetConfig {
     pub debugcon: Box<dyn SerialBackend>,
     /// Wires doorbells of PCI functions into the engine.
     pub doorbells: Option<Arc<dyn DoorbellSink>>,
+    /// What a machine that starts with firmware has instead of the plain root complex.
+    pub firmware: Option<FirmwareBoard>,
+}
+
+/// The parts of a board that firmware knows: a Q35 host bridge, an ICH9 LPC bridge, and flash.
+pub struct FirmwareBoard {
+    /// Where functions may decode; configuration space may be put in the 32-bit window.
+    pub windows: Windows,
+    /// Flash for variables, and its address.
+    pub flash: Option<(u64, Flash)>,
 }
 
 /// The platform devices, and handles to those that the machine talks to.
 pub struct Chipset {
+    /// Guest memory.
+    pub memory: Arc<GuestMemory>,
     /// Port bus with all devices on it.
     pub io: Arc<Bus<dyn PioDevice>>,
     /// Memory bus with all devices on it.
@@ -98,16 +113,19 @@ pub fn register_pci(
     let ports = Arc::new(ConfigPorts(Arc::clone(host)));
     io.insert_decoder(0xcf8, 1, "pci-config-address", ports.clone())?;
     io.insert_decoder(0xcfc, 4, "pci-config-data", ports)?;
+    let windows = host.windows();
     let window = Arc::new(IoWindow(Arc::clone(host)));
-    let (start, len) = (pci_host::WINDOW_IO_START, pci_host::WINDOW_IO_BYTES);
-    io.insert_decoder(start, len, "pci-io", window)?;
+    io.insert_decoder(windows.io.0, windows.io.1, "pci-io", window)?;
     let window = Arc::new(MemoryWindow(Arc::clone(host)));
-    let (start, len) = (pci_host::WINDOW32_START, pci_host::WINDOW32_BYTES);
+    let (start, len) = windows.mem32;
     mmio.insert_decoder(start, len, "pci-memory-32", window.clone())?;
-    let (start, len) = (pci_host::WINDOW64_START, pci_host::WINDOW64_BYTES);
+    let (start, len) = windows.mem64;
     mmio.insert_decoder(start, len, "pci-memory-64", window)?;
-    let ecam = Arc::new(Ecam(Arc::clone(host)));
-    mmio.insert_decoder(pci_host::ECAM_START, pci_host::ECAM_BYTES, "pci-ecam", ecam)
+    if windows == pci_host::BOARD_1 {
+        let ecam = Arc::new(Ecam(Arc::clone(host)));
+        mmio.insert_decoder(pci_host::ECAM_START, pci_host::ECAM_BYTES, "pci-ecam", ecam)?;
+    }
+    Ok(())
 }
 
 /// Debug and reset ports.
@@ -149,7 +167,14 @@ impl Chipset {
         let pic = Pic::new(config.intr);
         let ioapic = IoApic::new(config.vcpus as u8, Arc::clone(&config.msi));
         let router = Arc::new(InterruptRouter::new(Arc::clone(&pic), Arc::clone(&ioapic)));
-        let sink: Arc<dyn IrqSink> = router.clone();
+        let pirqs = config
+            .firmware
+            .as_ref()
+            .map(|_| PirqRouter::new(Arc::clone(&router), Arc::clone(&pic)));
+        let sink: Arc<dyn IrqSink> = match &pirqs {
+            Some(p) => p.clone(),
+            None => router.clone(),
+        };
         let line = |gsi| IrqLine::new(Arc::clone(&sink), gsi);
         let shared_lines = SharedLines::new(Arc::clone(&sink));
 
@@ -222,10 +247,35 @@ impl Chipset {
         io.insert(fw_cfg::DMA.into(), 8, "fw-cfg-dma", fw_cfg.clone())?;
         units.push(fw_cfg.clone());
 
-        let pci = PciHost::new(Arc::clone(&shared_lines), config.doorbells);
+        let lines = Arc::clone(&shared_lines);
+        let mut bridge = None;
+        let pci = match config.firmware {
+            None => PciHost::new(lines, config.doorbells),
+            Some(board) => {
+                let memory = Arc::clone(&config.memory);
+                if let Some((at, flash)) = board.flash {
+                    let len = flash.size_bytes();
+                    let flash = Arc::new(Mutex::new(flash));
+                    mmio.insert(at, len, "flash", flash.clone())?;
+                    units.push(flash);
+                }
+                if let Some(pirqs) = pirqs {
+                    let lpc = Arc::new(Mutex::new(Lpc::new(pirqs)));
+                    io.insert(lpc::SMI_PORT.into(), 8, "smi", lpc.clone())?;
+                    units.push(lpc.clone());
+                    bridge = Some(lpc);
+                }
+                PciHost::q35(memory, board.windows, lines, config.doorbells)
+            }
+        };
         register_pci(&pci, &mmio, &io)?;
+        if let Some(lpc) = bridge {
+            // The slot is free: nothing was plugged in yet.
+            let _ = pci.plug(lpc::SLOT, 0, lpc);
+        }
         units.push(Arc::new(Mutex::new(PciHostUnit::new(Arc::clone(&pci)))));
         Ok(Chipset {
+            memory: config.memory,
             io,
             mmio,
             pic,

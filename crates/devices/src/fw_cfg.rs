@@ -29,6 +29,18 @@ pub const DMA: u16 = 0x514;
 pub const SIGNATURE: u16 = 0x0000;
 /// Item: feature bits.
 pub const ID: u16 = 0x0001;
+/// Item: the machine's UUID, 16 bytes.
+pub const UUID: u16 = 0x0002;
+/// Item: 1 if there is no screen, 16 bit.
+pub const NO_GRAPHIC: u16 = 0x0004;
+/// Item: number of processors, 16 bit.
+pub const CPUS: u16 = 0x0005;
+/// Item: 1 if firmware shows a boot menu, 16 bit.
+pub const BOOT_MENU: u16 = 0x000e;
+/// Item: number of processors with those that could be added, 16 bit.
+pub const MAX_CPUS: u16 = 0x000f;
+/// Item: 1 if interrupt 0 arrives at pin 2 of the IO-APIC, 8 bit.
+pub const IRQ0_OVERRIDE: u16 = 0x8002;
 /// Item: the file directory.
 pub const FILE_DIR: u16 = 0x0019;
 /// Selector of the first file.
@@ -66,7 +78,11 @@ struct File {
     name: String,
     selector: u16,
     is_writable: bool,
+    is_computed: bool,
 }
+
+/// Makes the content of computed files, by name, from what firmware has programmed so far.
+pub type Compute = Box<dyn Fn() -> Vec<(&'static str, Vec<u8>)> + Send>;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
@@ -90,6 +106,9 @@ pub struct FwCfg {
     items: BTreeMap<u16, Arc<[u8]>>,
     files: Vec<File>,
     memory: Arc<GuestMemory>,
+    compute: Option<Compute>,
+    /// Computed files must be made anew before they are read.
+    is_stale: bool,
 }
 
 impl FwCfg {
@@ -104,6 +123,8 @@ impl FwCfg {
             items,
             files: Vec::new(),
             memory,
+            compute: None,
+            is_stale: false,
         };
         f.build_directory();
         f
@@ -126,6 +147,61 @@ impl FwCfg {
         bytes: impl Into<Arc<[u8]>>,
     ) -> Result<(), FwCfgError> {
         self.add(name, bytes.into(), true)
+    }
+
+    /// Sets the content of a file that the guest can only read, and adds it if it is not there.
+    /// Only while the machine stands still before its first instruction.
+    pub fn set_file(&mut self, name: &str, bytes: impl Into<Arc<[u8]>>) -> Result<(), FwCfgError> {
+        let bytes = bytes.into();
+        let Some(selector) = self
+            .files
+            .iter()
+            .find(|f| f.name == name)
+            .map(|f| f.selector)
+        else {
+            return self.add(name, bytes, false);
+        };
+        if u32::try_from(bytes.len()).is_err() {
+            return Err(FwCfgError::Full(name.to_owned()));
+        }
+        self.items.insert(selector, bytes);
+        self.build_directory();
+        Ok(())
+    }
+
+    /// Adds files whose content `compute` makes whenever the guest begins to read one of them. Their
+    /// sizes are those of now, at any time.
+    pub fn add_computed(&mut self, compute: Compute) -> Result<(), FwCfgError> {
+        for (name, bytes) in compute() {
+            self.add(name, bytes.into(), false)?;
+            if let Some(f) = self.files.last_mut() {
+                f.is_computed = true;
+            }
+        }
+        self.compute = Some(compute);
+        Ok(())
+    }
+
+    fn refresh(&mut self) {
+        if !std::mem::take(&mut self.is_stale) {
+            return;
+        }
+        for (name, bytes) in self.compute.iter().flat_map(|c| c()) {
+            let Some(f) = self.files.iter().find(|f| f.name == name) else {
+                continue;
+            };
+            let size = self.items.get(&f.selector).map_or(0, |c| c.len());
+            if bytes.len() == size {
+                self.items.insert(f.selector, bytes.into());
+            } else {
+                tracing::error!(
+                    name,
+                    size,
+                    now = bytes.len(),
+                    "a firmware file changes its size"
+                );
+            }
+        }
     }
 
     /// The present content of a file, with what the guest wrote.
@@ -151,6 +227,7 @@ impl FwCfg {
             name: name.to_owned(),
             selector,
             is_writable,
+            is_computed: false,
         });
         self.build_directory();
         Ok(())
@@ -178,6 +255,8 @@ impl FwCfg {
     }
 
     fn select(&mut self, selector: u16) {
+        let is_it = |f: &File| f.is_computed && f.selector == selector;
+        self.is_stale |= self.files.iter().any(is_it);
         self.regs.selector = selector;
         self.regs.offset = 0;
     }
@@ -189,6 +268,7 @@ impl FwCfg {
     }
 
     fn next_byte(&mut self) -> u8 {
+        self.refresh();
         let b = self.rest().first().copied().unwrap_or(0);
         self.regs.offset = self.regs.offset.saturating_add(1);
         b
@@ -215,6 +295,7 @@ impl FwCfg {
         if control & DMA_SELECT != 0 {
             self.select((control >> 16) as u16);
         }
+        self.refresh();
         if control & DMA_READ != 0 {
             self.dma_read(length, address)?;
         } else if control & DMA_WRITE != 0 {
@@ -310,6 +391,7 @@ impl Lifecycle for FwCfg {
     }
     passive!();
     fn reset(&mut self) {
+        self.is_stale = true;
         self.regs = self.power_on();
     }
     fn save(&mut self) -> Result<Section, StateError> {
@@ -318,6 +400,8 @@ impl Lifecycle for FwCfg {
             items: _,
             files: _,
             memory: _,
+            compute: _,
+            is_stale: _,
         } = self;
         Ok(Section::new("fw-cfg", KIND, VERSION, regs))
     }

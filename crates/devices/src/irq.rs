@@ -6,6 +6,7 @@
 
 pub mod ioapic;
 pub mod pic;
+pub mod pirq;
 #[cfg(test)]
 mod tests;
 

@@ -8,10 +8,12 @@
 
 mod config_access;
 mod decode;
+mod q35;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
@@ -19,10 +21,12 @@ pub use config_access::{ConfigPorts, Ecam};
 pub use decode::{BarSpaceError, IoWindow, MemoryWindow};
 use decode::{DecodeTable, Function};
 use minicbor::{Decode, Encode};
+use pyrite_mem::GuestMemory;
 use pyrite_state::{Inspect, Section, StateError};
 use pyrite_vdev::bus::lock;
 use pyrite_vdev::pci::{ConfigSaved, ConfigSpace, DoorbellAt, DoorbellSink, PciIds};
 use pyrite_vdev::{BarKind, IrqLine, Lifecycle, PciFunction};
+pub use q35::ECAM_BYTES as Q35_ECAM_BYTES;
 
 use crate::irq::SharedLines;
 
@@ -45,6 +49,24 @@ pub const WINDOW_IO_BYTES: u64 = 0x4000;
 pub const ECAM_START: u64 = 0xe000_0000;
 /// Bytes of ECAM: 256 buses.
 pub const ECAM_BYTES: u64 = 256 << 20;
+
+/// Where functions may decode: first address and length of each window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Windows {
+    /// For 32-bit memory BARs, and 64-bit ones that are put there.
+    pub mem32: (u64, u64),
+    /// For 64-bit memory BARs.
+    pub mem64: (u64, u64),
+    /// For I/O BARs.
+    pub io: (u64, u64),
+}
+
+/// The windows of board version 1.
+pub const BOARD_1: Windows = Windows {
+    mem32: (WINDOW32_START, WINDOW32_BYTES),
+    mem64: (WINDOW64_START, WINDOW64_BYTES),
+    io: (WINDOW_IO_START, WINDOW_IO_BYTES),
+};
 
 /// The GSI of an interrupt pin (0 = INTA) of a slot.
 pub fn intx_gsi(slot: u8, pin: u8) -> u32 {
@@ -76,12 +98,50 @@ pub struct PciHost {
     lines: Arc<SharedLines>,
     doorbells: Option<Arc<dyn DoorbellSink>>,
     bridge: Arc<Mutex<HostBridge>>,
+    windows: Windows,
+    /// Where configuration space is; 0 = nowhere.
+    ecam: Arc<AtomicU64>,
 }
 
 impl PciHost {
-    /// A root complex with only its host bridge, 00.0.
+    /// A root complex with only its host bridge, 00.0, as board version 1 has it.
     pub fn new(lines: Arc<SharedLines>, doorbells: Option<Arc<dyn DoorbellSink>>) -> Arc<PciHost> {
-        let bridge = Arc::new(Mutex::new(HostBridge::new()));
+        let bridge = HostBridge {
+            config: ConfigSpace::new(BRIDGE_IDS),
+            q35: None,
+        };
+        let ecam = Arc::new(AtomicU64::new(ECAM_START));
+        PciHost::build(bridge, BOARD_1, ecam, lines, doorbells)
+    }
+
+    /// A root complex with only its host bridge, 00.0, which firmware knows, and which decides what
+    /// of `memory` is seen below 1 MiB. `windows` may overlap configuration space, which wins.
+    pub fn q35(
+        memory: Arc<GuestMemory>,
+        windows: Windows,
+        lines: Arc<SharedLines>,
+        doorbells: Option<Arc<dyn DoorbellSink>>,
+    ) -> Arc<PciHost> {
+        let ecam: Arc<AtomicU64> = Arc::default();
+        let q35 = q35::Q35 {
+            memory,
+            ecam: Arc::clone(&ecam),
+        };
+        let bridge = HostBridge {
+            config: q35::Q35::config(),
+            q35: Some(q35),
+        };
+        PciHost::build(bridge, windows, ecam, lines, doorbells)
+    }
+
+    fn build(
+        bridge: HostBridge,
+        windows: Windows,
+        ecam: Arc<AtomicU64>,
+        lines: Arc<SharedLines>,
+        doorbells: Option<Arc<dyn DoorbellSink>>,
+    ) -> Arc<PciHost> {
+        let bridge = Arc::new(Mutex::new(bridge));
         let function: Arc<Mutex<dyn PciFunction>> = bridge.clone();
         let functions = BTreeMap::from([(0, Function::new(function))]);
         Arc::new(PciHost {
@@ -94,7 +154,19 @@ impl PciHost {
             lines,
             doorbells,
             bridge,
+            windows,
+            ecam,
         })
+    }
+
+    /// Where configuration space begins in memory, if it is there: for tables.
+    pub fn ecam(&self) -> EcamBase {
+        EcamBase(Arc::clone(&self.ecam))
+    }
+
+    /// The windows of functions.
+    pub fn windows(&self) -> Windows {
+        self.windows
     }
 
     /// The line of pin `pin` (0 = INTA) of `slot`, for the function's `ConfigSpace::set_intx`.
@@ -154,8 +226,8 @@ impl PciHost {
     }
 
     fn rebuild(&self, p: &mut Plugged) {
-        let memory = DecodeTable::build(&p.functions, |k| k != BarKind::Io);
-        let io = DecodeTable::build(&p.functions, |k| k == BarKind::Io);
+        let memory = DecodeTable::build(&p.functions, &self.windows, |k| k != BarKind::Io);
+        let io = DecodeTable::build(&p.functions, &self.windows, |k| k == BarKind::Io);
         // First everything is taken away, so that no two memories are ever at one address.
         let nothing = DecodeTable::default();
         for (devfn, f) in &mut p.functions {
@@ -242,15 +314,27 @@ const BRIDGE_IDS: PciIds = PciIds {
     subsystem_id: 0x0008,
 };
 
-/// Function 00.0: it has only its header.
+/// Where PCI Express configuration space begins, at any time.
+#[derive(Clone)]
+pub struct EcamBase(Arc<AtomicU64>);
+
+impl EcamBase {
+    /// The address; `None` while it is not decoded.
+    pub fn get(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Acquire)).filter(|a| *a != 0)
+    }
+}
+
+/// Function 00.0. That of board version 1 has only its header.
 struct HostBridge {
     config: ConfigSpace,
+    q35: Option<q35::Q35>,
 }
 
 impl HostBridge {
-    fn new() -> HostBridge {
-        HostBridge {
-            config: ConfigSpace::new(BRIDGE_IDS),
+    fn apply(&self) {
+        if let Some(q) = &self.q35 {
+            q.apply(&self.config);
         }
     }
 }
@@ -261,6 +345,7 @@ impl PciFunction for HostBridge {
     }
     fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
+        self.apply();
     }
     fn bar(&self, index: u8) -> Option<(BarKind, u64)> {
         self.config.bar(index)
@@ -308,7 +393,11 @@ impl Lifecycle for PciHostUnit {
     }
     fn reset(&mut self) {
         lock(&self.host.plugged).address = 0;
-        lock(&self.host.bridge).config.reset();
+        {
+            let mut bridge = lock(&self.host.bridge);
+            bridge.config.reset();
+            bridge.apply();
+        }
         self.host.refresh();
     }
     fn save(&mut self) -> Result<Section, StateError> {
@@ -320,9 +409,11 @@ impl Lifecycle for PciHostUnit {
             lines: _,
             doorbells: _,
             bridge,
+            windows: _,
+            ecam: _,
         } = &**host;
         let address = lock(plugged).address;
-        let HostBridge { config } = &*lock(bridge);
+        let HostBridge { config, q35: _ } = &*lock(bridge);
         Ok(Section::new(
             "pci-host",
             KIND,
@@ -336,13 +427,15 @@ impl Lifecycle for PciHostUnit {
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {
         self.reset();
         let Saved { address, bridge } = section.decode(KIND, VERSION)?;
-        lock(&self.host.bridge)
-            .config
-            .restore(&bridge)
-            .map_err(|detail| StateError::Invalid {
+        {
+            let mut here = lock(&self.host.bridge);
+            let restored = here.config.restore(&bridge);
+            restored.map_err(|detail| StateError::Invalid {
                 unit: "pci-host".into(),
                 detail,
             })?;
+            here.apply();
+        }
         lock(&self.host.plugged).address = address;
         self.host.refresh();
         Ok(())

@@ -152,6 +152,17 @@ impl Rtc {
         })
     }
 
+    /// Says in CMOS from which kinds of devices a BIOS boots: hard disk, CD, floppy,
+    /// in this order. For use before the first start.
+    pub fn set_boot_flags(&mut self) {
+        for (at, v) in [(0x38, 0x10), (0x3d, 0x32)] {
+            if let Some(b) = self.factory.get_mut(at) {
+                *b = v;
+            }
+            self.set_cmos(at, v);
+        }
+    }
+
     fn cmos(&self, at: usize) -> u8 {
         self.regs.cmos.get(at).copied().unwrap_or(0xff)
     }

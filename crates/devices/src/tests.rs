@@ -9,7 +9,9 @@ use pyrite_vdev::{
     Bus, IntrSink, MachineEvents, MmioDevice, MsiMessage, MsiSink, PioDevice, VmClock,
 };
 
-use crate::chipset::{Chipset, ChipsetConfig};
+use crate::chipset::{Chipset, ChipsetConfig, FirmwareBoard};
+use crate::flash::{Flash, Volatile};
+use crate::pci_host::Windows;
 use crate::uart::NoSerial;
 
 struct Outside;
@@ -27,10 +29,28 @@ impl MachineEvents for Outside {
 }
 
 fn machine() -> (Chipset, Arc<VmClock>) {
+    let memory = GuestMemory::new(1 << 20).unwrap();
+    build(memory, None)
+}
+
+/// The board for firmware, with a ROM and flash.
+fn firmware_machine() -> (Chipset, Arc<VmClock>) {
+    let memory = GuestMemory::with_rom(1 << 20, &[0x5a; 0x2_0000]).unwrap();
+    let flash = Flash::new(vec![0xff; 0x8000], Box::new(Volatile)).unwrap();
+    let windows = Windows {
+        mem32: (0x8000_0000, 0x7ec0_0000),
+        mem64: (1 << 32, 1 << 40),
+        io: (0x1000, 0xf000),
+    };
+    let flash = Some((0xfff0_0000, flash));
+    build(memory, Some(FirmwareBoard { windows, flash }))
+}
+
+fn build(memory: GuestMemory, firmware: Option<FirmwareBoard>) -> (Chipset, Arc<VmClock>) {
     let outside = Arc::new(Outside);
     let clock = Arc::new(VmClock::default());
     let chipset = Chipset::build(ChipsetConfig {
-        memory: Arc::new(GuestMemory::new(1 << 20).unwrap()),
+        memory: Arc::new(memory),
         clock: clock.clone(),
         msi: outside.clone(),
         intr: outside.clone(),
@@ -40,6 +60,7 @@ fn machine() -> (Chipset, Arc<VmClock>) {
         serial: [Box::new(NoSerial), Box::new(NoSerial)],
         debugcon: Box::new(NoSerial),
         doorbells: None,
+        firmware,
     })
     .unwrap();
     (chipset, clock)
@@ -116,6 +137,15 @@ fn exercise(c: &Chipset, clock: &VmClock, seed: u64) {
 
 #[test]
 fn every_device_survives_arbitrary_accesses_and_moves_its_state() {
+    survives(machine);
+}
+
+#[test]
+fn the_firmware_board_survives_arbitrary_accesses_and_moves_its_state() {
+    survives(firmware_machine);
+}
+
+fn survives(machine: fn() -> (Chipset, Arc<VmClock>)) {
     for seed in 1..12 {
         let (used, clock) = machine();
         exercise(&used, &clock, seed);
@@ -165,4 +195,71 @@ fn pit_reaches_the_pic() {
     clock.advance(60_000_000);
     assert_eq!(c.pic.ack(), Some(0x20));
     assert_eq!(c.pic.ack(), None);
+}
+
+#[test]
+fn firmware_moves_configuration_space_and_shadows_its_rom() {
+    let memory = GuestMemory::with_rom(1 << 20, &[0x5a; 0x2_0000]).unwrap();
+    let windows = Windows {
+        mem32: (0x8000_0000, 0x7ec0_0000),
+        mem64: (1 << 32, 1 << 40),
+        io: (0x1000, 0xf000),
+    };
+    let flash = None;
+    let (c, _) = build(memory, Some(FirmwareBoard { windows, flash }));
+    let config = |at: u32, v: u8| {
+        c.io.write(0xcf8, &(0x8000_0000 | at & !3).to_le_bytes());
+        c.io.write(0xcfc + (at & 3) as u16, &[v]);
+    };
+    let id = |at: u64| {
+        let mut b = [0; 4];
+        c.mmio.read(at, &mut b);
+        u32::from_le_bytes(b)
+    };
+    assert_eq!(c.pci.ecam().get(), None);
+    for base in [0xb000_0000u64, 0xe000_0000] {
+        config(0x60, 0);
+        config(0x63, (base >> 24) as u8);
+        assert_eq!(id(base), u32::MAX, "not enabled");
+        config(0x60, 1);
+        assert_eq!(c.pci.ecam().get(), Some(base));
+        assert_eq!(id(base), 0x29c0_8086);
+        assert_eq!(id(base + (31 << 15)), 0x2918_8086);
+    }
+    let m = &c.memory;
+    let byte = || {
+        let mut b = [0];
+        m.read(0xf_1234, &mut b).unwrap();
+        b[0]
+    };
+    // Loads from ROM, stores to RAM; then RAM; then RAM that is read-only.
+    config(0x90, 0x20);
+    m.write(0xf_1234, &[1]).unwrap();
+    assert_eq!(byte(), 0x5a);
+    config(0x90, 0x30);
+    assert_eq!(byte(), 1);
+    config(0x90, 0x10);
+    assert!(m.write(0xf_1234, &[2]).is_err());
+    // C4000H only.
+    config(0x91, 0x30);
+    assert!(m.write(0xc_4000, &[3]).is_ok() && m.write(0xc_3fff, &[3]).is_err());
+    assert!(m.write(0xc_8000, &[3]).is_err());
+    config(0x96, 0x33);
+    assert!(m.write(0xe_8000, &[3]).is_ok() && m.write(0xe_7fff, &[3]).is_err());
+    // A restored machine has it all again.
+    let (again, _) = firmware_machine();
+    for (u, n) in c
+        .units
+        .iter()
+        .zip(again.units.iter().filter(|u| lock(u).unit() != "flash"))
+    {
+        let section = lock(u).save().unwrap();
+        lock(n).restore(&section).unwrap();
+    }
+    assert_eq!(again.pci.ecam().get(), Some(0xe000_0000));
+    assert!(again.memory.write(0xc_4000, &[3]).is_ok());
+    assert!(again.memory.write(0xf_1234, &[2]).is_err());
+    c.reset();
+    assert_eq!((c.pci.ecam().get(), byte()), (None, 0x5a));
+    assert!(m.write(0xc_4000, &[3]).is_err());
 }

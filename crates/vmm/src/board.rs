@@ -104,3 +104,19 @@ pub mod low {
     /// First byte above the first megabyte.
     pub const END: u64 = 0x10_0000;
 }
+
+/// Where the board for firmware differs (`docs/adr/0007-firmware.md`), version 1 of it.
+pub mod firmware {
+    /// Name in ACPI tables.
+    pub const TABLE_ID: [u8; 8] = *b"BOARDFW1";
+    /// First port for PCI.
+    pub const PCI_IO_START: u16 = 0x1000;
+    /// Where PCI Express configuration space is said to be as long as firmware has not put it
+    /// anywhere.
+    pub const ECAM_USUAL: u64 = 0xb000_0000;
+    /// `SLP_TYP` of soft-off: what SeaBIOS and OVMF write to switch off.
+    pub const SLP_TYP_S5: u8 = 0;
+    /// End of guest-physical addresses that PCI may use. LIMIT: 46 bits, the widest that are offered
+    /// to a guest.
+    pub const ADDRESS_END: u64 = 1 << 46;
+}

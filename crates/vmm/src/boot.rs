@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use pyrite_api::v1::SmbiosSpec;
 use pyrite_mem::GuestMemory;
 use pyrite_x86::CpuState;
 
@@ -171,6 +172,8 @@ pub struct BootImage {
     pub cmdline: String,
     /// There is a VGA in text mode 3.
     pub has_text_screen: bool,
+    /// Who the machine says that it is.
+    pub identity: SmbiosSpec,
 }
 
 /// What kind of kernel a file holds.
@@ -208,7 +211,7 @@ impl BootImage {
                 "only a Multiboot kernel takes modules, and this kernel is none",
             ));
         }
-        let rsdp = lowmem::write_tables(memory, vcpus)?;
+        let rsdp = lowmem::write_tables(memory, vcpus, &self.identity)?;
         match format {
             KernelFormat::BzImage => linux::load_bzimage(self, &kernel, memory, rsdp),
             KernelFormat::Vmlinux => linux::load_vmlinux(self, &kernel, memory, rsdp),
@@ -262,6 +265,15 @@ impl BootImage {
     }
 }
 
+/// "All updates are applied": kernels compare the revision with the one that fixes an erratum, and
+/// errata are the host's affair. Intel keeps it in the upper half.
+pub fn microcode(s: &mut CpuState, cpuid: &pyrite_engine::CpuidTable) {
+    /// "Genu", of "GenuineIntel".
+    const INTEL_EBX: u32 = 0x756e_6547;
+    let intel = cpuid.get(0, 0).is_some_and(|e| e.ebx == INTEL_EBX);
+    s.msrs.bios_sign_id = u64::from(u32::MAX) << if intel { 32 } else { 0 };
+}
+
 /// What firmware programs into every processor: memory types, microcode, and on the first one the local
 /// interrupts that connect the PIC and NMI ("virtual wire mode", MultiProcessor Specification 1.4
 /// §3.6.2.2).
@@ -271,16 +283,11 @@ pub fn firmware_registers(s: &mut CpuState, cpuid: &pyrite_engine::CpuidTable, b
     /// Fixed-range and all MTRRs enabled. Intel SDM Vol. 3A §11.11.2.1.
     const ENABLE: u64 = 1 << 11 | 1 << 10;
     const VALID: u64 = 1 << 11;
-    /// "Genu", of "GenuineIntel".
-    const INTEL_EBX: u32 = 0x756e_6547;
     let bits = cpuid
         .get(0x8000_0008, 0)
         .map_or(36, |e| e.eax & 0xff)
         .clamp(32, 52);
-    // "All updates are applied": kernels compare the revision with the one that fixes an erratum,
-    // and errata are the host's affair. Intel keeps it in the upper half.
-    let intel = cpuid.get(0, 0).is_some_and(|e| e.ebx == INTEL_EBX);
-    s.msrs.bios_sign_id = u64::from(u32::MAX) << if intel { 32 } else { 0 };
+    microcode(s, cpuid);
     s.msrs.mtrr_def_type = ENABLE | WRITE_BACK;
     // Everything from 3 GiB to 4 GiB is devices.
     s.msrs.mtrr_var[0] = pyrite_mem::LOW_RAM_END | UNCACHEABLE;

@@ -20,6 +20,8 @@ pub fn check(spec: &VmSpec, with_boot: bool) -> Vec<SpecError> {
     let mut errors = Vec::new();
     if let Some(dir) = &spec.restore {
         errors.extend(check_snapshot(dir).err());
+    } else if let Some(firmware) = &spec.boot.firmware {
+        errors.extend(crate::firmware::check(firmware).err());
     } else if with_boot {
         check_boot(spec, &mut errors);
     }
@@ -97,6 +99,7 @@ pub(crate) fn open_boot(spec: &VmSpec) -> Result<BootImage, Vec<BootError>> {
             modules,
             cmdline: spec.boot.append.clone(),
             has_text_screen: spec.screen.vga == VgaKind::Std,
+            identity: spec.smbios.clone(),
         }),
         _ => Err(errors),
     }

@@ -2,6 +2,7 @@
 //!
 //! - [`board`]: the guest-visible layout.
 //! - [`boot`]: what is in memory and registers when the guest begins.
+//! - [`firmware`]: what a machine starts with that boots no kernel directly.
 //! - [`inputs`]: looks at the files of a specification before anything starts.
 //! - [`display`]: the screen and input for people and programs outside.
 //! - [`engines`]: which engine, and what CPUID says.
@@ -24,6 +25,7 @@ pub mod board;
 pub mod boot;
 pub mod display;
 pub mod engines;
+pub mod firmware;
 pub mod inputs;
 pub mod machine;
 pub mod output;

@@ -21,7 +21,7 @@ use pyrite_disk::open::{OpenOptions, open};
 use pyrite_disk::raw::RawDisk;
 use pyrite_disk::{BlockBackend, BlockRequest, Format, ImageDisk};
 use pyrite_engine::{CpuIo, CpuidTable, Irqfd, Vm, VmConfig};
-use pyrite_mem::GuestMemory;
+use pyrite_mem::{GuestMemory, LEGACY_END, LEGACY_START};
 use pyrite_net::NetBackend;
 use pyrite_net::usernet::{Forward, ForwardProtocol, Usernet, UsernetConfig};
 use pyrite_vdev::bus::lock;
@@ -39,6 +39,7 @@ use crate::display::Screen;
 use crate::display::input::Input;
 use crate::display::rfb::Server;
 use crate::engines::Engine;
+use crate::firmware::{BootDevices, Firmware, LogLines};
 use crate::output::OutputFile;
 use crate::run::console::Console;
 
@@ -96,6 +97,8 @@ pub struct Machine {
     pub acpi_pm: Arc<Mutex<AcpiPm>>,
     /// Every unit in the order of save and reset.
     pub units: Vec<Unit>,
+    /// What the machine starts with, if that is firmware, and names of devices for its boot order.
+    pub firmware: Option<(Firmware, BootDevices)>,
     /// Back ends of the disks that keep tables in memory: all whose format is not raw.
     pub image_disks: Vec<Arc<dyn BlockBackend>>,
     /// Trays of the CD drives.
@@ -192,6 +195,10 @@ impl CpuIo for MachineIo {
         self.0.mmio.read(gpa, data);
     }
     fn mmio_write(&self, _vcpu: u32, gpa: u64, data: &[u8]) {
+        // Stores to RAM whose loads reach ROM arrive here; see `GuestMemory::mappings`.
+        if (LEGACY_START..LEGACY_END).contains(&gpa) && self.0.memory.write(gpa, data).is_ok() {
+            return;
+        }
         self.0.mmio.write(gpa, data);
     }
     fn pio_read(&self, _vcpu: u32, port: u16, data: &mut [u8]) {
@@ -224,7 +231,15 @@ impl Machine {
         console: Console,
         events: Arc<dyn MachineEvents>,
     ) -> Result<Machine, AssemblyError> {
-        let memory = GuestMemory::with_layout(&memory_layout(spec))
+        let mut firmware = match &spec.boot.firmware {
+            Some(f) => Some(Firmware::open(f).map_err(|e| AssemblyError::Input(vec![e]))?),
+            None => None,
+        };
+        let mut layout = memory_layout(spec);
+        if let Some(f) = &mut firmware {
+            layout.rom = std::mem::take(&mut f.code);
+        }
+        let memory = GuestMemory::with_layout(&layout)
             .map_err(|e| AssemblyError::Host(anyhow::Error::new(e)))?;
         let memory = Arc::new(memory);
         let clock: Arc<VmClock> = Arc::default();
@@ -241,8 +256,12 @@ impl Machine {
                 console.serial(),
                 output("serial2", spec.serial2.as_deref())?,
             ],
-            debugcon: output("debugcon", spec.debugcon.as_deref())?,
+            debugcon: match &firmware {
+                Some(_) if spec.debugcon.is_none() => Box::new(LogLines::default()),
+                _ => output("debugcon", spec.debugcon.as_deref())?,
+            },
             doorbells: Some(link.clone()),
+            firmware: firmware.as_mut().map(|f| f.board(&memory)),
         })
         .map_err(|e| AssemblyError::Host(e.into()))?;
         console.connect_uart(&chipset.uarts[0]);
@@ -257,13 +276,21 @@ impl Machine {
             doorbells: engine.signals_descriptors(),
             next: FIRST_SLOT,
             units: &mut units,
+            boot: BootDevices::new(),
         };
         let (balloon, mut image_disks) = plug_devices(spec, &console, &mut slots)?;
         let screen = screen::plug(spec, &mut slots)?;
         let input = Input::new(&chipset.i8042).map_err(|e| host("input")(e.into()))?;
         let trays = drives::plug(spec, &mut slots, &mut image_disks)?;
         let vnc = screen::listen(spec, &screen, &input)?;
+        let boot_devices = std::mem::take(&mut slots.boot);
         units.extend(pci_host);
+        if let Some(f) = &firmware {
+            f.check_order(&boot_devices)
+                .map_err(|e| AssemblyError::Input(vec![e]))?;
+            f.describe(spec, &chipset)
+                .map_err(|e| AssemblyError::Host(e.into()))?;
+        }
 
         let acpi_pm = Arc::clone(&chipset.pm);
         let chipset = Arc::new(chipset);
@@ -292,6 +319,7 @@ impl Machine {
             chipset,
             acpi_pm,
             units,
+            firmware: firmware.map(|f| (f, boot_devices)),
             image_disks,
             trays,
             vm,
@@ -348,6 +376,7 @@ struct Slots<'a> {
     doorbells: bool,
     next: u8,
     units: &'a mut Vec<Unit>,
+    boot: BootDevices,
 }
 
 impl Slots<'_> {
@@ -364,6 +393,14 @@ impl Slots<'_> {
         self.units.push(function);
         self.next += 1;
         Ok(())
+    }
+
+    /// Names the device that was plugged last for boot orders; `kind` and `unit` are what its path
+    /// has for firmware.
+    fn name_boot_device(&mut self, name: String, kind: &str, unit: &str) {
+        let slot = self.next - 1;
+        let path = format!("/pci@i0cf8/{kind}@{slot:x}{unit}");
+        self.boot.insert(name, path);
     }
 
     /// Plugs a virtio device into the next slot.
@@ -414,6 +451,7 @@ fn plug_devices(
             &format!("virtio-blk{n}"),
             Box::new(Blk::new(backend, config)),
         )?;
+        slots.name_boot_device(format!("disk{n}"), "scsi", "/disk@0,0");
     }
     if spec.net.kind == NetKind::User {
         let backend = user_network(&spec.net)?;
@@ -423,6 +461,7 @@ fn plug_devices(
             "virtio-net0",
             Box::new(Net::new(backend, NetConfig::new(mac))),
         )?;
+        slots.name_boot_device("net0".into(), "ethernet", "/ethernet-phy@0");
     }
     if spec.console == ConsoleKind::Virtio {
         let port = PortConfig {

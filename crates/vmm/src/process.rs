@@ -122,6 +122,7 @@ fn assemble(
     spec.validate().map_err(AssemblyError::Input)?;
 
     let image = match crate::inputs::open_boot(&spec) {
+        _ if spec.boot.firmware.is_some() => None,
         Ok(image) => Some(image),
         // A restored VM needs its kernel only when it is reset.
         Err(_) if manifest.is_some() => None,

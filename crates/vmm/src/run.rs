@@ -602,6 +602,9 @@ impl Running {
     fn boot(&mut self) -> Result<(), Ending> {
         let m = &self.d.machine;
         let Some(image) = &self.d.image else {
+            if m.firmware.is_some() {
+                return self.start_firmware();
+            }
             let reason = "the kernel that this VM was booted from is gone".into();
             return Err(Ending::Failed { reason });
         };
@@ -626,6 +629,34 @@ impl Running {
             crate::boot::firmware_registers(&mut s, &m.cpuid, false);
             states.push(Box::new(s));
         }
+        self.begin(states)
+    }
+
+    /// Power-on state of everything; the processor begins in the ROM. RAM keeps its content over a
+    /// reset, as that of a PC does.
+    fn start_firmware(&mut self) -> Result<(), Ending> {
+        let m = &self.d.machine;
+        for unit in &m.units {
+            lock(unit).reset();
+        }
+        if let Some((firmware, devices)) = &m.firmware {
+            let mut fw_cfg = lock(&m.chipset.fw_cfg);
+            firmware
+                .tell_order(&mut fw_cfg, devices, self.resets == 0)
+                .map_err(|e| failed(&e.into()))?;
+        }
+        let states = (0..m.vcpus).map(|index| {
+            let mut s = CpuState::reset(index, index == 0);
+            crate::boot::microcode(&mut s, &m.cpuid);
+            Box::new(s)
+        });
+        let states = states.collect();
+        self.begin(states)
+    }
+
+    /// Gives the vCPUs their first states.
+    fn begin(&mut self, states: Vec<Box<CpuState>>) -> Result<(), Ending> {
+        let m = &self.d.machine;
         for (index, state) in (0..).zip(states) {
             self.vcpus
                 .set_state(index, state)
@@ -759,6 +790,11 @@ fn portable(spec: &VmSpec) -> Result<VmSpec> {
     let files = files.chain(boot.modules.iter_mut().map(|m| &mut m.path));
     let files = files.chain(s.disks.iter_mut().map(|d| &mut d.path));
     let files = files.chain(&mut s.screen.vga_rom);
+    let firmware = boot.firmware.iter_mut();
+    let files = files.chain(firmware.flat_map(|f| {
+        let vars = f.vars_template.iter_mut().chain(&mut f.vars);
+        std::iter::once(&mut f.code).chain(vars)
+    }));
     for path in files.chain(&mut s.vsock) {
         if !path.as_os_str().is_empty() {
             *path = std::path::absolute(&path).context("the working directory")?;

@@ -97,3 +97,47 @@ fn all_errors_are_listed_by_path() {
         ]
     );
 }
+
+#[test]
+fn firmware_and_identity_are_checked() {
+    let firmware = FirmwareSpec {
+        code: "bios.bin".into(),
+        ..FirmwareSpec::default()
+    };
+    let mut spec = VmSpec::default();
+    spec.boot.firmware = Some(firmware.clone());
+    spec.smbios.uuid = Some("00112233-4455-6677-8899-aabbccddeeff".into());
+    spec.smbios.vendor = Some("A. Maker".into());
+    spec.validate().unwrap();
+    let bytes = spec.smbios.uuid_bytes().unwrap();
+    assert_eq!((bytes[0], bytes[4], bytes[15]), (0, 0x44, 0xff));
+    let wrong = |change: &dyn Fn(&mut VmSpec), path: &str| {
+        let mut s = spec.clone();
+        change(&mut s);
+        let errors = s.validate().unwrap_err();
+        assert_eq!(errors[0].path, path, "{errors:?}");
+    };
+    wrong(&|s| s.boot.kernel = "k".into(), "boot.firmware");
+    wrong(&|s| s.smbios.vendor = Some("é".into()), "smbios.vendor");
+    wrong(&|s| s.smbios.serial = Some(String::new()), "smbios.serial");
+    for uuid in [
+        "",
+        "0011",
+        "+0112233-4455-6677-8899-aabbccddeeff",
+        "é0112233-4455-6677-8899-aabbccddeeff",
+    ] {
+        wrong(&|s| s.smbios.uuid = Some(uuid.into()), "smbios.uuid");
+    }
+    let with = |f: FirmwareSpec| move |s: &mut VmSpec| s.boot.firmware = Some(f.clone());
+    let f = FirmwareSpec {
+        vars: Some("v".into()),
+        ..firmware.clone()
+    };
+    wrong(&with(f), "boot.firmware.vars");
+    let f = FirmwareSpec {
+        menu_ms: Some(70_000),
+        ..firmware
+    };
+    wrong(&with(f), "boot.firmware.menu_ms");
+    wrong(&with(FirmwareSpec::default()), "boot.firmware.code");
+}

@@ -64,6 +64,10 @@ fn sleep_control_reports_events() {
     lock(&pm).pio_write(0x604, &(1u16 << 10 | 1 << 13).to_le_bytes());
     lock(&pm).pio_write(0x604, &(3u16 << 10 | 1 << 13).to_le_bytes());
     assert_eq!(*lock(&host.events), ["power_off", "suspend"]);
+    lock(&pm).set_off_type(0);
+    lock(&pm).pio_write(0x604, &(5u16 << 10 | 1 << 13).to_le_bytes());
+    lock(&pm).pio_write(0x604, &(1u16 << 13).to_le_bytes());
+    assert_eq!(*lock(&host.events), ["power_off", "suspend", "power_off"]);
     lock(&pm).wake();
     assert_eq!(inw(&pm, 0x600), 0x8000);
 }

@@ -94,3 +94,30 @@ fn hostile_dma_is_refused() {
     }
     assert_eq!(read(&mut f, 1), [0]);
 }
+
+#[test]
+fn computed_files_are_made_when_they_are_read() {
+    use std::sync::atomic::{AtomicU8, Ordering};
+    let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
+    let mut f = FwCfg::new(memory);
+    let now = Arc::new(AtomicU8::new(1));
+    let value = Arc::clone(&now);
+    f.add_computed(Box::new(move || {
+        let v = value.load(Ordering::Relaxed);
+        // Above 100 its size would change, which the guest cannot be told.
+        vec![("now", vec![v; if v > 100 { 2 } else { 1 }])]
+    }))
+    .unwrap();
+    let mut read = |v| {
+        now.store(v, Ordering::Relaxed);
+        f.pio_write(SELECTOR, &FILE_FIRST.to_le_bytes());
+        let mut b = [0];
+        f.pio_read(DATA, &mut b);
+        b[0]
+    };
+    assert_eq!((read(7), read(8), read(101)), (7, 8, 8));
+    f.set_file("order", *b"one").unwrap();
+    f.set_file("order", *b"three").unwrap();
+    assert_eq!(f.file("order"), Some(&b"three"[..]));
+    assert!(f.set_file("", *b"x").is_err());
+}

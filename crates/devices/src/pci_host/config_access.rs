@@ -1,11 +1,12 @@
 //! The two ways to configuration space.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use pyrite_vdev::AddressDecoder;
 use pyrite_vdev::bus::lock;
 
-use super::{ECAM_START, PciHost};
+use super::{ECAM_BYTES, PciHost};
 
 const CONFIG_ADDRESS: u64 = 0xcf8;
 const CONFIG_DATA: u64 = 0xcfc;
@@ -81,22 +82,30 @@ impl AddressDecoder for ConfigPorts {
 /// The memory-mapped configuration space.
 pub struct Ecam(pub Arc<PciHost>);
 
-fn ecam_target(addr: u64) -> (u8, u8, u16) {
-    let offset = addr.wrapping_sub(ECAM_START);
-    (
-        (offset >> 20) as u8,
-        (offset >> 12) as u8,
-        (offset & 0xfff) as u16,
-    )
+impl PciHost {
+    /// True if `addr` is in configuration space.
+    pub(super) fn is_ecam(&self, addr: u64) -> bool {
+        let base = self.ecam.load(Ordering::Acquire);
+        base != 0 && addr.wrapping_sub(base) < ECAM_BYTES
+    }
+
+    fn ecam_target(&self, addr: u64) -> (u8, u8, u16) {
+        let offset = addr.wrapping_sub(self.ecam.load(Ordering::Acquire));
+        (
+            (offset >> 20) as u8,
+            (offset >> 12) as u8,
+            (offset & 0xfff) as u16,
+        )
+    }
 }
 
 impl AddressDecoder for Ecam {
     fn read(&self, addr: u64, data: &mut [u8]) {
-        let (bus, devfn, offset) = ecam_target(addr);
+        let (bus, devfn, offset) = self.0.ecam_target(addr);
         self.0.read_bytes(bus, devfn, offset, data);
     }
     fn write(&self, addr: u64, data: &[u8]) {
-        let (bus, devfn, offset) = ecam_target(addr);
+        let (bus, devfn, offset) = self.0.ecam_target(addr);
         self.0.write_bytes(bus, devfn, offset, data);
     }
 }

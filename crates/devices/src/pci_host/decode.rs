@@ -9,7 +9,7 @@ use pyrite_vdev::{AddressDecoder, BarKind, BarMemory, PciFunction};
 
 use super::{
     PciHost, ToldDoorbells, WINDOW_IO_BYTES, WINDOW_IO_START, WINDOW32_BYTES, WINDOW32_START,
-    WINDOW64_BYTES, WINDOW64_START, intx_gsi,
+    WINDOW64_BYTES, WINDOW64_START, Windows, intx_gsi,
 };
 
 /// A function in its slot, and where it was found to decode.
@@ -109,14 +109,11 @@ pub(super) struct DecodeTable {
 }
 
 /// The windows that a BAR of this kind may lie in.
-fn windows(kind: BarKind) -> &'static [(u64, u64)] {
+fn windows(all: &Windows, kind: BarKind) -> [(u64, u64); 2] {
     match kind {
-        BarKind::Io => &[(WINDOW_IO_START, WINDOW_IO_BYTES)],
-        BarKind::Mem32 => &[(WINDOW32_START, WINDOW32_BYTES)],
-        BarKind::Mem64 | BarKind::Mem64Prefetch => &[
-            (WINDOW64_START, WINDOW64_BYTES),
-            (WINDOW32_START, WINDOW32_BYTES),
-        ],
+        BarKind::Io => [all.io; 2],
+        BarKind::Mem32 => [all.mem32; 2],
+        BarKind::Mem64 | BarKind::Mem64Prefetch => [all.mem64, all.mem32],
     }
 }
 
@@ -125,6 +122,7 @@ impl DecodeTable {
     /// over one of a lower function does not decode.
     pub(super) fn build(
         functions: &BTreeMap<u8, Function>,
+        within: &Windows,
         wanted: impl Fn(BarKind) -> bool,
     ) -> DecodeTable {
         let mut entries: Vec<Entry> = Vec::new();
@@ -138,7 +136,7 @@ impl DecodeTable {
                     continue;
                 };
                 let inside = |(from, len): &(u64, u64)| start >= *from && last < from + len;
-                if !wanted(kind) || !windows(kind).iter().any(inside) {
+                if !wanted(kind) || !windows(within, kind).iter().any(inside) {
                     continue;
                 }
                 let at = entries.partition_point(|e| e.start < start);
@@ -206,10 +204,16 @@ pub struct MemoryWindow(pub Arc<PciHost>);
 
 impl AddressDecoder for MemoryWindow {
     fn read(&self, addr: u64, data: &mut [u8]) {
+        if self.0.is_ecam(addr) {
+            return super::Ecam(Arc::clone(&self.0)).read(addr, data);
+        }
         // `load_full`: the function may be busy for long, and a guard must not be held that long.
         self.0.memory.load_full().read(addr, data);
     }
     fn write(&self, addr: u64, data: &[u8]) {
+        if self.0.is_ecam(addr) {
+            return super::Ecam(Arc::clone(&self.0)).write(addr, data);
+        }
         self.0.memory.load_full().write(addr, data);
     }
 }

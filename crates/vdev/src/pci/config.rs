@@ -182,6 +182,17 @@ impl ConfigSpace {
         self.fix(reg::HEADER_TYPE, &[0x80]);
     }
 
+    /// Adds registers of the function's own at `offset`: their values after reset, and which bits
+    /// the guest can write (missing = read-only).
+    pub fn add_register(&mut self, offset: u16, reset: &[u8], writable: &[u8]) {
+        assert!(
+            usize::from(offset) + reset.len() <= CONFIG_BYTES && writable.len() <= reset.len(),
+            "register {offset:#x}"
+        );
+        self.fix(offset, reset);
+        self.allow(offset, writable);
+    }
+
     /// Adds a base address register of `size` bytes: a power of two, 16 or more for memory,
     /// 4 to 256 for I/O. 64-bit kinds take `index` and `index + 1`. §6.2.5.1.
     pub fn add_bar(&mut self, index: u8, kind: BarKind, size: u64) {

@@ -1,4 +1,4 @@
-//! ACPI tables of board version 1. ACPI 6.5.
+//! ACPI tables of all boards. ACPI 6.5.
 //!
 //! The machine has the legacy devices of a PC and says so; ACPI mode is always on (there is no SMI
 //! to switch it). All tables are contiguous so that they can be placed as one piece.
@@ -22,8 +22,12 @@ use crate::board::{
 };
 
 const OEM_ID: [u8; 6] = *b"PYRITE";
-const OEM_TABLE_ID: [u8; 8] = *b"BOARD 1 ";
 const OEM_REVISION: u32 = 1;
+/// Bytes of a table's header, §5.2.6, and where its checksum is.
+const HEADER_BYTES: usize = 36;
+const CHECKSUM_AT: usize = 9;
+/// FIRMWARE_CTRL, DSDT and X_DSDT of the FADT: offset and size. §5.2.9.
+const FADT_POINTERS: [(usize, u8); 3] = [(36, 4), (40, 4), (140, 8)];
 /// Bytes of an RSDP of revision 2.
 const RSDP_BYTES: usize = 36;
 /// PCI slots that `_PRT` lists.
@@ -37,11 +41,43 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// A table with a standard header around `body`.
-fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
-    let mut sdt = Sdt::new(signature, 36, revision, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    sdt.append_slice(body);
-    sdt.as_slice().to_vec()
+/// What the tables say of a board.
+#[derive(Clone, Debug)]
+pub struct Board {
+    /// Name and version, as tables have it.
+    pub table_id: [u8; 8],
+    /// Where PCI Express configuration space begins; not said without.
+    pub ecam: Option<u64>,
+    /// First and last addresses of PCI memory below 4 GiB.
+    pub windows32: Vec<(u32, u32)>,
+    /// First and last address of PCI memory above 4 GiB.
+    pub window64: (u64, u64),
+    /// First port of PCI.
+    pub io_start: u16,
+    /// SLP_TYP of soft-off.
+    pub off_type: u8,
+}
+
+impl Board {
+    /// Board version 1.
+    pub fn version_1() -> Board {
+        Board {
+            table_id: *b"BOARD 1 ",
+            ecam: Some(ECAM_START),
+            windows32: vec![(PCI_MMIO32_START as u32, PCI_MMIO32_LAST as u32)],
+            window64: (PCI_MMIO64_START, PCI_MMIO64_START + (PCI_MMIO64_BYTES - 1)),
+            io_start: PCI_IO_START,
+            off_type: SLP_TYP_S5,
+        }
+    }
+
+    /// A table with a standard header around `body`.
+    fn table(&self, signature: [u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
+        let id = self.table_id;
+        let mut sdt = Sdt::new(signature, 36, revision, OEM_ID, id, OEM_REVISION);
+        sdt.append_slice(body);
+        sdt.as_slice().to_vec()
+    }
 }
 
 /// Places tables one after another.
@@ -60,29 +96,152 @@ impl Area {
     }
 }
 
-/// All tables for a machine with `vcpus` vCPUs, to be put at `base` (64-byte aligned, below
-/// 4 GiB). The RSDP comes first.
-pub fn build(base: u64, vcpus: u32) -> Vec<u8> {
+/// All tables, one after another, and where they refer to each other.
+struct Tables {
+    bytes: Vec<u8>,
+    rsdt: u64,
+    xsdt: u64,
+    /// Offsets and sizes of addresses in `bytes`.
+    pointers: Vec<(usize, u8)>,
+    /// Offsets and sizes of the tables with addresses.
+    changing: Vec<(usize, usize)>,
+}
+
+fn tables(board: &Board, base: u64, header: usize, vcpus: u32) -> Tables {
     let mut area = Area {
         base,
-        bytes: vec![0; 64],
+        bytes: vec![0; header],
     };
     let facs = area.place(&bytes_of(&acpi_tables::facs::FACS::new()), 64);
-    let dsdt = area.place(&dsdt(vcpus), 16);
-    let tables = [fadt(facs, dsdt), madt(vcpus), hpet(), mcfg()].map(|t| area.place(&t, 16));
-    let xsdt: Vec<u8> = tables.iter().flat_map(|a| a.to_le_bytes()).collect();
-    let xsdt = area.place(&table(*b"XSDT", 1, &xsdt), 16);
+    let dsdt = area.place(&dsdt(board, vcpus), 16);
+    let all = [
+        Some(fadt(board, facs, dsdt)),
+        Some(madt(board, vcpus)),
+        Some(hpet(board)),
+        board.ecam.map(|at| mcfg(board, at)),
+    ];
+    let all: Vec<u64> = all.iter().flatten().map(|t| area.place(t, 16)).collect();
+    let wide: Vec<u8> = all.iter().flat_map(|a| a.to_le_bytes()).collect();
+    let xsdt = area.place(&board.table(*b"XSDT", 1, &wide), 16);
     // Kernels that know only ACPI 1.0 read the RSDT.
-    let rsdt: Vec<u8> = tables
-        .iter()
-        .flat_map(|a| (*a as u32).to_le_bytes())
-        .collect();
-    let rsdt = area.place(&table(*b"RSDT", 1, &rsdt), 16);
-    let rsdp = rsdp(rsdt as u32, xsdt);
-    if let Some(slot) = area.bytes.get_mut(..RSDP_BYTES) {
+    let narrow: Vec<u8> = all.iter().flat_map(|a| (*a as u32).to_le_bytes()).collect();
+    let rsdt = area.place(&board.table(*b"RSDT", 1, &narrow), 16);
+
+    let at = |address: u64| (address - base) as usize;
+    let mut pointers = Vec::new();
+    let fadt_at = all.first().map_or(0, |a| at(*a));
+    pointers.extend(FADT_POINTERS.map(|(offset, size)| (fadt_at + offset, size)));
+    for n in 0..all.len() {
+        pointers.push((at(xsdt) + HEADER_BYTES + 8 * n, 8));
+        pointers.push((at(rsdt) + HEADER_BYTES + 4 * n, 4));
+    }
+    let length = |start: usize| match area.bytes.get(start + 4..start + 8) {
+        Some(&[a, b, c, d]) => u32::from_le_bytes([a, b, c, d]) as usize,
+        _ => 0,
+    };
+    let changing = [fadt_at, at(xsdt), at(rsdt)].map(|t| (t, length(t)));
+    Tables {
+        rsdt,
+        xsdt,
+        pointers,
+        changing: changing.to_vec(),
+        bytes: area.bytes,
+    }
+}
+
+/// All tables of board version 1 for a machine with `vcpus` vCPUs, to be put at `base` (64-byte
+/// aligned, below 4 GiB). The RSDP comes first.
+pub fn build(base: u64, vcpus: u32) -> Vec<u8> {
+    let mut t = tables(&Board::version_1(), base, 64, vcpus);
+    let rsdp = rsdp(t.rsdt as u32, t.xsdt);
+    if let Some(slot) = t.bytes.get_mut(..RSDP_BYTES) {
         slot.copy_from_slice(&rsdp);
     }
-    area.bytes
+    t.bytes
+}
+
+/// The tables for firmware, which puts them into memory and then follows the script.
+pub struct Files {
+    /// `etc/acpi/tables`: addresses in it are offsets.
+    pub tables: Vec<u8>,
+    /// `etc/acpi/rsdp`.
+    pub rsdp: Vec<u8>,
+    /// `etc/table-loader`.
+    pub loader: Vec<u8>,
+}
+
+/// The tables as firmware takes them: its interface is what QEMU's documentation says of
+/// `BIOSLinkerLoader` (hw/acpi/bios-linker-loader.c), commands of 128 bytes.
+pub fn files(board: &Board, vcpus: u32) -> Files {
+    const TABLES: &str = "etc/acpi/tables";
+    const RSDP: &str = "etc/acpi/rsdp";
+    let mut t = tables(board, 0, 0, vcpus);
+    let mut rsdp = rsdp(t.rsdt as u32, t.xsdt).to_vec();
+    let mut script = Script(Vec::new());
+    script.allocate(TABLES, 64, Zone::High);
+    script.allocate(RSDP, 16, Zone::FSegment);
+    for (offset, size) in &t.pointers {
+        script.add_pointer(TABLES, TABLES, *offset, *size);
+    }
+    for (start, length) in &t.changing {
+        // What is there already would be counted.
+        if let Some(b) = t.bytes.get_mut(start + CHECKSUM_AT) {
+            *b = 0;
+        }
+        script.add_checksum(TABLES, start + CHECKSUM_AT, *start, *length);
+    }
+    script.add_pointer(RSDP, TABLES, 16, 4);
+    script.add_pointer(RSDP, TABLES, 24, 8);
+    for (offset, length) in [(8, 20), (32, RSDP_BYTES)] {
+        if let Some(b) = rsdp.get_mut(offset) {
+            *b = 0;
+        }
+        script.add_checksum(RSDP, offset, 0, length);
+    }
+    Files {
+        tables: t.bytes,
+        rsdp,
+        loader: script.0,
+    }
+}
+
+/// Where firmware puts a file.
+#[derive(Clone, Copy)]
+enum Zone {
+    High = 1,
+    FSegment = 2,
+}
+
+/// A script for firmware.
+struct Script(Vec<u8>);
+
+impl Script {
+    fn command(&mut self, kind: u32, parts: &[&[u8]]) {
+        const COMMAND_BYTES: usize = 128;
+        let mut c = kind.to_le_bytes().to_vec();
+        parts.iter().for_each(|p| c.extend_from_slice(p));
+        c.resize(COMMAND_BYTES, 0);
+        self.0.extend_from_slice(&c);
+    }
+    fn name(file: &str) -> [u8; 56] {
+        let mut name = [0; 56];
+        name.iter_mut().zip(file.bytes()).for_each(|(n, b)| *n = b);
+        name
+    }
+    fn allocate(&mut self, file: &str, align: u32, zone: Zone) {
+        self.command(
+            1,
+            &[&Script::name(file), &align.to_le_bytes(), &[zone as u8]],
+        );
+    }
+    fn add_pointer(&mut self, file: &str, to: &str, offset: usize, size: u8) {
+        let (file, to) = (Script::name(file), Script::name(to));
+        self.command(2, &[&file, &to, &(offset as u32).to_le_bytes(), &[size]]);
+    }
+    fn add_checksum(&mut self, file: &str, offset: usize, start: usize, length: usize) {
+        let n = [offset, start, length].map(|n| (n as u32).to_le_bytes());
+        self.command(3, &[&Script::name(file), &n.concat()]);
+    }
 }
 
 /// Root system description pointer, §5.2.5.3.
@@ -101,13 +260,13 @@ fn rsdp(rsdt: u32, xsdt: u64) -> [u8; RSDP_BYTES] {
 }
 
 /// Fixed ACPI description table, §5.2.9.
-fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
+fn fadt(board: &Board, facs: u64, dsdt: u64) -> Vec<u8> {
     /// LEGACY_DEVICES, 8042, VGA Not Present. §5.2.9.3.
     const IAPC_BOOT_ARCH: u16 = 1 << 0 | 1 << 1 | 1 << 2;
     let io = |port: u16, bits: u8, access: AccessSize| {
         GAS::new(AddressSpace::SystemIo, bits, 0, access, u64::from(port))
     };
-    let mut f = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+    let mut f = FADTBuilder::new(OEM_ID, board.table_id, OEM_REVISION)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
@@ -143,7 +302,7 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
 }
 
 /// Multiple APIC description table, §5.2.12.
-fn madt(vcpus: u32) -> Vec<u8> {
+fn madt(board: &Board, vcpus: u32) -> Vec<u8> {
     /// PCAT_COMPAT: there are 8259s.
     const PCAT_COMPAT: u32 = 1;
     const ENABLED: u32 = 1;
@@ -174,11 +333,11 @@ fn madt(vcpus: u32) -> Vec<u8> {
     if vcpus > FIRST_X2APIC_ID {
         b.extend_from_slice(&[0x0a, 12, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0]);
     }
-    table(*b"APIC", 5, &b)
+    board.table(*b"APIC", 5, &b)
 }
 
 /// HPET description table. IA-PC HPET Specification 1.0a §3.2.4.
-fn hpet() -> Vec<u8> {
+fn hpet(board: &Board) -> Vec<u8> {
     /// Intel, 64-bit counter, 3 comparators, legacy replacement, revision 1.
     const EVENT_TIMER_BLOCK_ID: u32 = 0x8086_a201;
     let mut b = Vec::new();
@@ -188,14 +347,14 @@ fn hpet() -> Vec<u8> {
     b.push(0); // HPET number
     b.extend_from_slice(&100u16.to_le_bytes()); // shortest periodic interval in ticks
     b.push(0);
-    table(*b"HPET", 1, &b)
+    board.table(*b"HPET", 1, &b)
 }
 
 /// PCI Express memory-mapped configuration space. PCI Firmware Specification 3.3 §4.1.2.
-fn mcfg() -> Vec<u8> {
-    let mut m = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+fn mcfg(board: &Board, ecam: u64) -> Vec<u8> {
+    let mut m = MCFG::new(OEM_ID, board.table_id, OEM_REVISION);
     // One MiB per bus.
-    m.add_ecam(ECAM_START, 0, 0, ((ECAM_BYTES >> 20) - 1) as u8);
+    m.add_ecam(ecam, 0, 0, ((ECAM_BYTES >> 20) - 1) as u8);
     bytes_of(&m)
 }
 
@@ -216,7 +375,7 @@ fn isa_device(name: &str, hid: &str, uid: u8, ports: &[(u16, u8)], irq: Option<u
 }
 
 /// The host bridge without its children.
-fn pci_root() -> Vec<Vec<u8>> {
+fn pci_root(board: &Board) -> Vec<Vec<u8>> {
     let mut parts = vec![
         bytes_of(&Name::new("_HID".into(), &EISAName::new("PNP0A08"))),
         bytes_of(&Name::new("_CID".into(), &EISAName::new("PNP0A03"))),
@@ -225,27 +384,27 @@ fn pci_root() -> Vec<Vec<u8>> {
         bytes_of(&Name::new("_BBN".into(), &aml::ZERO)),
         bytes_of(&Name::new("_CCA".into(), &aml::ONE)),
     ];
-    parts.push(crs(vec![
-        &Window::new_bus_number(0u16, 255u16) as &dyn Aml,
-        &IO::new(0xcf8, 0xcf8, 1, 8),
-        // The legacy window lets the guest see ISA devices as children of the bus.
-        &Window::new_io(0u16, 0xcf7u16, None),
-        &Window::new_io(PCI_IO_START, PCI_IO_LAST, None),
-        &Window::new_memory(
+    let below = board.windows32.iter().map(|(first, last)| {
+        Window::new_memory(
             AddressSpaceCacheable::NotCacheable,
             true,
-            PCI_MMIO32_START as u32,
-            PCI_MMIO32_LAST as u32,
+            *first,
+            *last,
             None,
-        ),
-        &Window::new_memory(
-            AddressSpaceCacheable::Cacheable,
-            true,
-            PCI_MMIO64_START,
-            PCI_MMIO64_START + (PCI_MMIO64_BYTES - 1),
-            None,
-        ),
-    ]));
+        )
+    });
+    let below: Vec<Window<u32>> = below.collect();
+    let (first, last) = board.window64;
+    let above = Window::new_memory(AddressSpaceCacheable::Cacheable, true, first, last, None);
+    let buses = Window::new_bus_number(0u16, 255u16);
+    let config = IO::new(0xcf8, 0xcf8, 1, 8);
+    // The legacy window lets the guest see ISA devices as children of the bus.
+    let legacy = Window::new_io(0u16, 0xcf7u16, None);
+    let ports = Window::new_io(board.io_start, PCI_IO_LAST, None);
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &config, &legacy, &ports];
+    resources.extend(below.iter().map(|w| w as &dyn Aml));
+    resources.push(&above);
+    parts.push(crs(resources));
     let mut prt = PackageBuilder::new();
     for slot in 0..PCI_SLOTS {
         for pin in 0..4u32 {
@@ -292,18 +451,23 @@ fn osc() -> Vec<u8> {
 
 /// Ports and memory that belong to the board: nothing else may be placed there. What the MADT and
 /// the host bridge (which includes the reset register) name is not repeated.
-fn motherboard() -> Vec<u8> {
-    let resources = crs(vec![
-        &Memory32Fixed::new(true, ECAM_START as u32, ECAM_BYTES as u32) as &dyn Aml,
-        &IO::new(0x20, 0x20, 1, 2),
-        &IO::new(0xa0, 0xa0, 1, 2),
-        &IO::new(0x40, 0x40, 1, 4),
-        &IO::new(0x61, 0x61, 1, 1),
-        &IO::new(0x92, 0x92, 1, 1),
-        &IO::new(0x4d0, 0x4d0, 1, 2),
-        &IO::new(0x510, 0x510, 1, 12),
-        &IO::new(PM1A_EVT_PORT, PM1A_EVT_PORT, 1, 0x40),
-    ]);
+fn motherboard(board: &Board) -> Vec<u8> {
+    let ecam = board
+        .ecam
+        .map(|at| Memory32Fixed::new(true, at as u32, ECAM_BYTES as u32));
+    let mut resources: Vec<&dyn Aml> = ecam.iter().map(|e| e as &dyn Aml).collect();
+    let ports = [
+        IO::new(0x20, 0x20, 1, 2),
+        IO::new(0xa0, 0xa0, 1, 2),
+        IO::new(0x40, 0x40, 1, 4),
+        IO::new(0x61, 0x61, 1, 1),
+        IO::new(0x92, 0x92, 1, 1),
+        IO::new(0x4d0, 0x4d0, 1, 2),
+        IO::new(0x510, 0x510, 1, 12),
+        IO::new(PM1A_EVT_PORT, PM1A_EVT_PORT, 1, 0x40),
+    ];
+    resources.extend(ports.iter().map(|p| p as &dyn Aml));
+    let resources = crs(resources);
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0C02"));
     let uid = Name::new("_UID".into(), &aml::ONE);
     bytes_of(&Device::new(
@@ -322,7 +486,7 @@ impl Aml for Raw {
 }
 
 /// Differentiated system description table: the devices that cannot be discovered.
-fn dsdt(vcpus: u32) -> Vec<u8> {
+fn dsdt(board: &Board, vcpus: u32) -> Vec<u8> {
     let hpet_crs = crs(vec![&Memory32Fixed::new(false, HPET_ADDR, HPET_BYTES)]);
     let hpet = bytes_of(&Device::new(
         "HPET".into(),
@@ -332,7 +496,7 @@ fn dsdt(vcpus: u32) -> Vec<u8> {
             &Raw(hpet_crs),
         ],
     ));
-    let mut pci: Vec<Raw> = pci_root().into_iter().map(Raw).collect();
+    let mut pci: Vec<Raw> = pci_root(board).into_iter().map(Raw).collect();
     pci.extend(
         [
             isa_device("RTC_", "PNP0B00", 0, &[(0x70, 2)], Some(8)),
@@ -347,13 +511,18 @@ fn dsdt(vcpus: u32) -> Vec<u8> {
 
     let cpus: Vec<Raw> = (0..vcpus).map(|n| Raw(cpu_device(n))).collect();
     let mut root: Vec<&dyn Aml> = vec![&pci_device];
-    let (mbrd, hpet) = (Raw(motherboard()), Raw(hpet));
+    let (mbrd, hpet) = (Raw(motherboard(board)), Raw(hpet));
     root.extend([&mbrd as &dyn Aml, &hpet]);
     root.extend(cpus.iter().map(|c| c as &dyn Aml));
     let mut body = bytes_of(&Scope::new("\\_SB_".into(), root));
-    let s5 = Package::new(vec![&SLP_TYP_S5, &SLP_TYP_S5, &aml::ZERO, &aml::ZERO]);
+    let s5 = Package::new(vec![
+        &board.off_type,
+        &board.off_type,
+        &aml::ZERO,
+        &aml::ZERO,
+    ]);
     body.extend(bytes_of(&Name::new("\\_S5_".into(), &s5)));
-    table(*b"DSDT", 2, &body)
+    board.table(*b"DSDT", 2, &body)
 }
 
 /// A processor device, §8.4. `_UID` matches the MADT.

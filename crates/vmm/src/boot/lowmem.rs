@@ -1,5 +1,6 @@
 //! What firmware leaves in the first megabyte: BIOS data area, EBDA, ACPI, MP and SMBIOS tables.
 
+use pyrite_api::v1::SmbiosSpec;
 use pyrite_mem::GuestMemory;
 
 use super::{BootError, BootInput, acpi, mptable, smbios, write};
@@ -9,7 +10,11 @@ use crate::board::low;
 const MIN_MEMORY_BYTES: u64 = 4 << 20;
 
 /// Writes all tables; returns the address of the RSDP.
-pub(super) fn write_tables(memory: &GuestMemory, vcpus: u32) -> Result<u64, BootError> {
+pub(super) fn write_tables(
+    memory: &GuestMemory,
+    vcpus: u32,
+    identity: &SmbiosSpec,
+) -> Result<u64, BootError> {
     if memory.size_bytes() < MIN_MEMORY_BYTES {
         return Err(BootError::new(
             BootInput::Memory,
@@ -31,7 +36,12 @@ pub(super) fn write_tables(memory: &GuestMemory, vcpus: u32) -> Result<u64, Boot
     let high = (pyrite_mem::HIGH_RAM_START, memory.size_bytes() - low_end);
     let mut ram = vec![(0, low_end)];
     ram.extend((high.1 > 0).then_some(high));
-    let smbios = smbios::build(low::SMBIOS, &smbios::Facts { vcpus, ram: &ram });
+    let facts = smbios::Facts {
+        vcpus,
+        ram: &ram,
+        identity,
+    };
+    let smbios = smbios::build(low::SMBIOS, &facts);
     write(memory, low::SMBIOS, &smbios, BootInput::Memory)?;
     Ok(low::ACPI)
 }

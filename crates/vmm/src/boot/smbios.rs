@@ -1,5 +1,7 @@
 //! SMBIOS tables, for what asks "which machine is this?". DMTF DSP0134 (SMBIOS) 3.6.0.
 
+use pyrite_api::v1::SmbiosSpec;
+
 /// Where the structures begin, after the entry points.
 const STRUCTURES_AT: u64 = 0x40;
 /// Bytes of the 2.1 entry point, §5.2.1.
@@ -35,6 +37,8 @@ pub struct Facts<'a> {
     pub vcpus: u32,
     /// RAM ranges, ascending: start and size in bytes.
     pub ram: &'a [(u64, u64)],
+    /// Who the machine says that it is.
+    pub identity: &'a SmbiosSpec,
 }
 
 /// A list of structures, §6.1.
@@ -75,14 +79,26 @@ fn bios(s: &mut Structures) {
     s.add(BIOS, 0, &body, &[NAME, "board 1", "01/01/2025"]);
 }
 
-/// System information, §7.2. No UUID is set: a machine that is not the same at its next start has
-/// no identity.
-fn system(s: &mut Structures) {
+/// System information, §7.2. Without a word from the user no UUID is set: a machine that is not the
+/// same at its next start has no identity.
+fn system(s: &mut Structures, id: &SmbiosSpec) {
     const POWER_SWITCH: u8 = 6;
-    let mut body = vec![1, 2, 3, 0];
-    body.extend_from_slice(&[0; 16]);
+    let mut strings = vec![
+        id.vendor.as_deref().unwrap_or(NAME),
+        id.product.as_deref().unwrap_or("Pyrite VM"),
+        id.version.as_deref().unwrap_or("board 1"),
+    ];
+    strings.extend(id.serial.as_deref());
+    let serial = if id.serial.is_some() { 4 } else { 0 };
+    let mut body = vec![1, 2, 3, serial];
+    let mut uuid = id.uuid_bytes().unwrap_or_default();
+    // The first three fields are little-endian, §7.2.1.
+    uuid[..4].reverse();
+    uuid[4..6].reverse();
+    uuid[6..8].reverse();
+    body.extend_from_slice(&uuid);
     body.extend_from_slice(&[POWER_SWITCH, 0, 0]);
-    s.add(SYSTEM, 0x100, &body, &[NAME, "Pyrite VM", "board 1"]);
+    s.add(SYSTEM, 0x100, &body, &strings);
 }
 
 /// System enclosure, §7.4.
@@ -191,21 +207,51 @@ fn seal(bytes: &mut [u8], at: usize) {
 /// Entry points and tables, to be put at `base` (16-byte aligned, F0000H-FFFFFH, where they are
 /// searched). Both entry points lead to the same structures.
 pub fn build(base: u64, facts: &Facts<'_>) -> Vec<u8> {
+    let s = structures(facts, true);
+    let at = (base + STRUCTURES_AT) as u32;
+    let mut old = entry_21(&s, at);
+
+    let mut new = b"_SM3_\0".to_vec();
+    new.extend_from_slice(&[ENTRY_30_BYTES, 3, 6, 0, 1, 0]);
+    new.extend_from_slice(&(s.bytes.len() as u32).to_le_bytes());
+    new.extend_from_slice(&u64::from(at).to_le_bytes());
+    seal(&mut new, 5);
+
+    old.resize(ENTRY_30_AT, 0);
+    old.extend_from_slice(&new);
+    old.resize(STRUCTURES_AT as usize, 0);
+    old.extend_from_slice(&s.bytes);
+    old
+}
+
+/// What firmware makes its tables from: an entry point (2.1) and the structures, to which firmware
+/// adds what it says of itself.
+pub fn files(facts: &Facts<'_>) -> (Vec<u8>, Vec<u8>) {
+    let s = structures(facts, false);
+    (entry_21(&s, 0), s.bytes)
+}
+
+fn structures(facts: &Facts<'_>, with_bios: bool) -> Structures {
     let mut s = Structures {
         bytes: Vec::new(),
         count: 0,
         longest: 0,
     };
-    bios(&mut s);
-    system(&mut s);
+    if with_bios {
+        bios(&mut s);
+    }
+    system(&mut s, facts.identity);
     chassis(&mut s);
     processor(&mut s, facts.vcpus);
     memory(&mut s, facts.ram);
     // No errors detected, §7.33.
     s.add(BOOT_INFORMATION, 0x2000, &[0; 7], &[]);
     s.add(END, 0x7f00, &[], &[]);
-    let at = (base + STRUCTURES_AT) as u32;
+    s
+}
 
+/// The 2.1 entry point of structures at `at`.
+fn entry_21(s: &Structures, at: u32) -> Vec<u8> {
     let mut old = b"_SM_\0".to_vec();
     old.extend_from_slice(&[ENTRY_21_BYTES, 2, 8]);
     old.extend_from_slice(&(s.longest as u16).to_le_bytes());
@@ -218,16 +264,5 @@ pub fn build(base: u64, facts: &Facts<'_>) -> Vec<u8> {
     seal(&mut inner, 5);
     old.extend_from_slice(&inner);
     seal(&mut old, 4);
-
-    let mut new = b"_SM3_\0".to_vec();
-    new.extend_from_slice(&[ENTRY_30_BYTES, 3, 6, 0, 1, 0]);
-    new.extend_from_slice(&(s.bytes.len() as u32).to_le_bytes());
-    new.extend_from_slice(&u64::from(at).to_le_bytes());
-    seal(&mut new, 5);
-
-    old.resize(ENTRY_30_AT, 0);
-    old.extend_from_slice(&new);
-    old.resize(STRUCTURES_AT as usize, 0);
-    old.extend_from_slice(&s.bytes);
     old
 }

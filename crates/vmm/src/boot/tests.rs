@@ -1,6 +1,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use pyrite_api::v1::SmbiosSpec;
 use pyrite_mem::GuestMemory;
 use pyrite_x86::bits::{cr0, efer};
 use pyrite_x86::state::gpr;
@@ -41,6 +42,7 @@ fn image(dir: &Dir, kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> Boot
         kernel: BootFile::open(BootInput::Kernel, &dir.file("kernel", kernel)).unwrap(),
         initrd: initrd.map(|b| BootFile::open(BootInput::Initrd, &dir.file("initrd", b)).unwrap()),
         modules: Vec::new(),
+        identity: SmbiosSpec::default(),
         cmdline: cmdline.into(),
         has_text_screen: false,
     }
@@ -136,6 +138,7 @@ fn acpi_tables_are_the_golden_board() {
 fn smbios_tables_are_the_golden_board() {
     let facts = smbios::Facts {
         vcpus: 4,
+        identity: &SmbiosSpec::default(),
         ram: &[(0, 3 << 30), (4 << 30, 2 << 40)],
     };
     check_golden("smbios-4.hex", &smbios::build(low::SMBIOS, &facts));
@@ -145,6 +148,7 @@ fn smbios_tables_are_the_golden_board() {
 fn smbios_tables_are_found_and_walk_to_their_end() {
     let facts = smbios::Facts {
         vcpus: 1024,
+        identity: &SmbiosSpec::default(),
         ram: &[(0, 512 << 20)],
     };
     let t = smbios::build(low::SMBIOS, &facts);
@@ -456,4 +460,40 @@ fn cpio_archive_has_aligned_entries_and_trailer() {
     let second = text.match_indices("070701").nth(1).unwrap().0;
     assert_eq!(&text[second + 14..second + 22], "000081ed");
     assert_eq!(&text[second + 54..second + 62], "00000005");
+}
+
+#[test]
+fn tables_of_the_firmware_board_are_the_golden_ones() {
+    let memory = GuestMemory::with_rom(3 << 30, &[0; 4096]).unwrap();
+    let board = crate::firmware::acpi_board(Some(0xb000_0000), crate::firmware::windows(&memory));
+    let files = acpi::files(&board, 2);
+    check_golden("firmware-1-acpi.hex", &files.tables);
+    check_golden("firmware-1-rsdp.hex", &files.rsdp);
+    check_golden("firmware-1-loader.hex", &files.loader);
+}
+
+#[test]
+fn identity_is_in_the_smbios_tables() {
+    let identity = SmbiosSpec {
+        vendor: Some("A. Maker".into()),
+        serial: Some("S-1".into()),
+        uuid: Some("00112233-4455-6677-8899-aabbccddeeff".into()),
+        ..SmbiosSpec::default()
+    };
+    let facts = smbios::Facts {
+        vcpus: 1,
+        identity: &identity,
+        ram: &[(0, 1 << 30)],
+    };
+    let (anchor, tables) = smbios::files(&facts);
+    assert!(anchor.starts_with(b"_SM_") && anchor.len() == 31);
+    assert_sums_to_zero(&anchor);
+    assert_eq!(tables[0], 1, "firmware says itself who it is");
+    let uuid = [
+        0x33, 0x22, 0x11, 0, 0x55, 0x44, 0x77, 0x66, 0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff,
+    ];
+    assert_eq!(tables[8..24], uuid);
+    let strings = &tables[27..];
+    assert!(strings.starts_with(b"A. Maker\0Pyrite VM\0board 1\0S-1\0\0"));
+    assert_eq!(tables[7], 4, "the serial number's string");
 }

@@ -84,6 +84,16 @@ fn ata_drives(
     Ok(drives)
 }
 
+/// Names for boot orders of the drives on a bus, in their order.
+fn boot_names(spec: &VmSpec, bus: DiskBus) -> Vec<String> {
+    let disks = spec.disks.iter().enumerate().filter(|(_, d)| d.bus == bus);
+    let cdroms = spec.cdroms.iter().enumerate().filter(|(_, c)| c.bus == bus);
+    let disks = disks.map(|(n, _)| format!("disk{n}"));
+    disks
+        .chain(cdroms.map(|(n, _)| format!("cdrom{n}")))
+        .collect()
+}
+
 /// Plugs the controllers that the drives of a specification need; the trays of its CD drives.
 pub(super) fn plug(
     spec: &VmSpec,
@@ -97,6 +107,7 @@ pub(super) fn plug(
             medium.map_err(|e| input(format!("cdroms[{n}].path"), e))?,
         ));
     }
+    let mut names = boot_names(spec, DiskBus::Ahci).into_iter();
     let mut drives = ata_drives(spec, DiskBus::Ahci, &trays, image_disks)?
         .into_iter()
         .peekable();
@@ -107,6 +118,10 @@ pub(super) fn plug(
         let ports = drives.by_ref().take(ahci::PORTS).map(Some).collect();
         let (memory, msi) = (Arc::clone(slots.memory), Arc::clone(&slots.msi));
         slots.plug_function(|line| Ahci::new(&format!("ahci{n}"), ports, memory, msi, line))?;
+        for (port, name) in names.by_ref().take(ahci::PORTS).enumerate() {
+            let unit = format!("/drive@{port:x}/disk@0");
+            slots.name_boot_device(name, "pci8086,2922", &unit);
+        }
     }
     let mut drives = ata_drives(spec, DiskBus::Ide, &trays, image_disks)?.into_iter();
     if drives.len() > 0 {
@@ -121,6 +136,10 @@ pub(super) fn plug(
             .map_err(|e| AssemblyError::Host(e.into()))?;
         // It does not use its INTx line.
         slots.plug_function(|_| ide)?;
+        for (n, name) in boot_names(spec, DiskBus::Ide).into_iter().enumerate() {
+            let unit = format!("/drive@{:x}/disk@{:x}", n / 2, n % 2);
+            slots.name_boot_device(name, "ide", &unit);
+        }
     }
     plug_nvme(spec, slots, image_disks)?;
     plug_scsi(spec, slots, &trays, image_disks)?;

@@ -1,0 +1,396 @@
+//! Firmware of the host's distribution on the software engine: SeaBIOS and OVMF boot from disks,
+//! through GRUB, to a Debian kernel.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use pyrite_tests::fixtures::{self, Guest, KernelPackage};
+use pyrite_tests::{Scratch, Session, ctl, pyrite};
+
+const DEBIAN_12: KernelPackage = KernelPackage {
+    suite: "bookworm",
+    arch: "amd64",
+    package: "linux-image-cloud-amd64",
+};
+/// Bytes of a test's EFI system partition, and of the volume on it.
+const ESP_BYTES: u64 = 66 << 20;
+const ESP_VOLUME_BYTES: u64 = 64 << 20;
+const MINUTE: Duration = Duration::from_secs(60);
+const TWO_MINUTES: Duration = Duration::from_secs(120);
+
+/// A file of a Debian package, or a loud word about why there is none.
+fn package_file(package: &str, dir: &str, name: &str) -> Option<PathBuf> {
+    match fixtures::file_of(DEBIAN_12.suite, DEBIAN_12.arch, package, dir, name) {
+        Ok(path) => Some(path),
+        Err(why) => {
+            println!("SKIPPED: no {name} of {package}: {why}");
+            None
+        }
+    }
+}
+
+fn bios() -> Option<PathBuf> {
+    package_file("seabios", "usr/share/seabios", "bios-256k.bin")
+}
+
+/// OVMF; its variables are found by their name.
+fn uefi() -> Option<PathBuf> {
+    package_file("ovmf", "usr/share/OVMF", "OVMF_VARS_4M.fd")?;
+    package_file("ovmf", "usr/share/OVMF", "OVMF_CODE_4M.fd")
+}
+
+fn kernel() -> Option<Guest> {
+    match fixtures::guest(DEBIAN_12) {
+        Ok(guest) => Some(guest),
+        Err(why) => {
+            println!("SKIPPED: no kernel: {why}");
+            None
+        }
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path of text")
+}
+
+fn start(firmware: &Path, more: &[&str]) -> Session {
+    let mut command = Command::new(pyrite());
+    command
+        .args(["run", "--engine", "soft", "--net", "none"])
+        .args(["--console", "serial", "--firmware", text(firmware)])
+        .args(more);
+    Session::start(&mut command)
+}
+
+/// Types a character at a time, because a BIOS keeps few that nobody has read.
+fn type_slowly(s: &mut Session, line: &str) {
+    for c in line.chars() {
+        s.send(&c.to_string());
+        s.expect(&c.to_string(), MINUTE);
+    }
+    s.send("\r");
+}
+
+/// A FAT file system with these files (path, content): paths of directories end with a slash.
+fn esp(dir: &Scratch, name: &str, files: &[(&str, &[u8])]) -> Option<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let mtools = package_file("mtools", "usr/bin", "mtools")?;
+    let mode = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(&mtools, mode).expect("mtools can be run");
+    let image = dir.0.join(name);
+    let file = std::fs::File::create(&image).expect("image");
+    file.set_len(ESP_VOLUME_BYTES).expect("image");
+    let run = |args: &[&str]| {
+        let done = Command::new(&mtools)
+            .args(["-c", args[0], "-i", text(&image)])
+            .args(&args[1..])
+            .output()
+            .expect("mtools");
+        let problem = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success(), "mtools {args:?}: {problem}");
+    };
+    run(&["mformat", "-v", "PYRITE", "::"]);
+    // The volume is rounded up to whole tracks.
+    file.set_len(ESP_BYTES).expect("image");
+    for (path, content) in files {
+        if path.ends_with('/') {
+            run(&["mmd", &format!("::{}", path.trim_end_matches('/'))]);
+        } else {
+            let from = dir.file("copied", content);
+            run(&["mcopy", text(&from), &format!("::{path}")]);
+        }
+    }
+    Some(image)
+}
+
+/// What the guest's shell prints for a command.
+fn ask(s: &mut Session, command: &str) -> String {
+    s.send(&format!("{command}; echo done=$?.\n"));
+    let out = s.until("done=0.", MINUTE);
+    s.expect("# ", MINUTE);
+    out
+}
+
+/// Debian's GRUB rescue image, as a disk, and a disk that is a tar archive, which GRUB reads: a
+/// kernel and what GRUB is to do with it.
+fn grub_disks(dir: &Scratch) -> Option<(PathBuf, PathBuf)> {
+    let image = package_file(
+        "grub-rescue-pc",
+        "usr/lib/grub-rescue",
+        "grub-rescue-cdrom.iso",
+    )?;
+    let guest = kernel()?;
+    let mut bytes = std::fs::read(image).expect("GRUB");
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    let grub = dir.file("grub.img", &bytes);
+    let script = "serial --unit=0\nterminal_output serial\nterminal_input serial\n\
+                  linux (hd1)/vmlinuz console=ttyS0 quiet\ninitrd (hd1)/initrd.img\nboot\n";
+    dir.file("g", script.as_bytes());
+    let tar = dir.0.join("data.tar");
+    let kernels = guest.kernel.parent().expect("directory of the guest");
+    let done = Command::new("tar")
+        .args(["--format=ustar", "-cf", text(&tar), "-C", text(&dir.0), "g"])
+        .args(["-C", text(kernels), "vmlinuz", "initrd.img"])
+        .status();
+    assert!(done.expect("tar").success());
+    Some((grub, tar))
+}
+
+/// A boot sector that says `words` through the BIOS and stops.
+fn boot_sector(words: &str) -> Vec<u8> {
+    // xor ax,ax; mov ds,ax; mov si,message; cld
+    let mut code = vec![0x31, 0xc0, 0x8e, 0xd8, 0xbe, 0x16, 0x7c, 0xfc];
+    // next: lodsb; test al,al; jz stop; mov ah,0eh; mov bx,7; int 10h; jmp next
+    code.extend([
+        0xac, 0x84, 0xc0, 0x74, 0x0a, 0xb4, 0x0e, 0xbb, 7, 0, 0xcd, 0x10,
+    ]);
+    code.extend([0xeb, 0xf2]);
+    // stop: hlt; jmp stop
+    assert_eq!(code.len(), 0x16);
+    code.extend(words.bytes());
+    code.extend([0, 0xf4, 0xeb, 0xfd]);
+    // The loop leaves behind the text.
+    code[0x0c] = (code.len() - 3 - 0x0d) as u8;
+    code.resize(510, 0);
+    code.extend([0x55, 0xaa]);
+    code.resize(1 << 20, 0);
+    code
+}
+
+#[test]
+fn seabios_starts_grub_which_starts_debian() {
+    let dir = Scratch::new("firmware-grub");
+    let (Some(bios), Some((grub, tar))) = (bios(), grub_disks(&dir)) else {
+        return;
+    };
+    let log = dir.0.join("debug");
+    let identity = "vendor=ACME Works,product=Board 7,serial=SN-42,\
+                    uuid=00112233-4455-6677-8899-aabbccddeeff";
+    let disks = ["--disk", text(&grub), "--disk", text(&tar)];
+    let mut more = disks.to_vec();
+    more.extend([
+        "--cpus",
+        "2",
+        "--smbios",
+        identity,
+        "--debugcon",
+        text(&log),
+    ]);
+    let mut s = start(&bios, &more);
+    s.expect("SeaBIOS (version", MINUTE);
+    // The rescue image's menu; C leads to the prompt.
+    s.expect("GNU/Linux", MINUTE);
+    s.send("c");
+    s.expect("grub>", MINUTE);
+    type_slowly(&mut s, "configfile (hd1)/g");
+    s.expect("~# ", TWO_MINUTES);
+    let said = ask(
+        &mut s,
+        "cat /sys/class/dmi/id/sys_vendor /sys/class/dmi/id/product_*",
+    );
+    for word in [
+        "ACME Works",
+        "Board 7",
+        "SN-42",
+        "00112233-4455-6677-8899-aabbccddeeff",
+    ] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    assert!(ask(&mut s, "cat /sys/class/dmi/id/bios_vendor").contains("SeaBIOS"));
+    assert!(ask(&mut s, "nproc").contains('2'), "the second processor");
+    let messages = ask(&mut s, "dmesg");
+    for word in ["ECAM", "MMCONFIG"] {
+        // The kernel calls it the one or the other.
+        if messages.contains(word) {
+            assert!(messages.contains("b0000000-0xbfffffff"), "{messages}");
+        }
+    }
+    assert!(
+        messages.contains("ECAM") || messages.contains("MMCONFIG"),
+        "{messages}"
+    );
+    assert!(!messages.contains("ACPI Error"), "{messages}");
+    // Every device has the room that firmware gave it.
+    assert!(!messages.contains("can't claim"), "{messages}");
+    assert!(ask(&mut s, "ls /sys/bus/pci/devices").contains("0000:00:1f.0"));
+    let debug = std::fs::read_to_string(&log).expect("debug output");
+    assert!(debug.contains("Running on QEMU (q35)"), "{debug}");
+    // The reset leads through the firmware again.
+    s.send("reboot -f\n");
+    s.expect("SeaBIOS (version", MINUTE);
+    s.expect("GNU/Linux", MINUTE);
+}
+
+#[test]
+fn boot_order_and_one_shot_boot() {
+    let dir = Scratch::new("firmware-order");
+    let Some(bios) = bios() else { return };
+    let first = dir.file("first.img", &boot_sector("this is the first disk"));
+    let second = dir.file("second.img", &boot_sector("this is the second disk"));
+    let disks = ["--disk", text(&first), "--disk", text(&second)];
+    let with = |boot: Option<&'static str>| {
+        let mut more = disks.to_vec();
+        more.extend(boot.iter().flat_map(|b| ["--boot", b]));
+        more
+    };
+    let mut s = start(&bios, &with(None));
+    s.expect("this is the first disk", MINUTE);
+    drop(s);
+    let socket = dir.0.join("control");
+    let mut more = with(Some("order=disk1:disk0,once=disk0"));
+    more.extend(["--control", text(&socket)]);
+    let mut s = start(&bios, &more);
+    s.expect("this is the first disk", MINUTE);
+    assert_eq!(ctl(&socket, &["reset"]).0, 0);
+    s.expect("this is the second disk", MINUTE);
+    assert_eq!(ctl(&socket, &["reset"]).0, 0);
+    s.expect("this is the second disk", MINUTE);
+    drop(s);
+    let mut s = start(&bios, &with(Some("menu=60000")));
+    s.expect("Press ESC for boot menu", MINUTE);
+    s.send("\x1b");
+    s.expect("Select boot device", MINUTE);
+    s.send("2");
+    s.expect("this is the second disk", MINUTE);
+}
+
+#[test]
+fn a_machine_with_firmware_moves_to_another_process() {
+    let dir = Scratch::new("firmware-snapshot");
+    let Some(bios) = bios() else { return };
+    let disk = dir.file("disk.img", &boot_sector("this is the disk"));
+    let (socket, saved) = (dir.0.join("control"), dir.0.join("snapshot"));
+    let more = ["--disk", text(&disk), "--control", text(&socket)];
+    let mut s = start(&bios, &[&more[..], &["--boot", "menu=60000"]].concat());
+    s.expect("Press ESC for boot menu", MINUTE);
+    assert_eq!(
+        ctl(&socket, &["snapshot", text(&saved)]),
+        (0, String::new())
+    );
+    drop(s);
+    let mut command = Command::new(pyrite());
+    command.args(["run", "--engine", "soft", "--restore", text(&saved)]);
+    let mut s = Session::start(&mut command);
+    // SeaBIOS waits for the key in shadow RAM, and writes there.
+    s.send("\x1b");
+    s.expect("Select boot device", MINUTE);
+    s.send("1");
+    s.expect("this is the disk", MINUTE);
+}
+
+#[test]
+fn wrong_firmware_is_refused() {
+    let dir = Scratch::new("firmware-wrong");
+    let odd = dir.file("odd.bin", &[0; 1000]);
+    let run = |args: &[&str]| {
+        let out = pyrite_tests::run(&[&["run"], args].concat());
+        assert_eq!(out.status.code(), Some(2), "{args:?}");
+        String::from_utf8_lossy(&out.stderr).into_owned()
+    };
+    assert!(run(&["--firmware", text(&odd)]).contains("expected a firmware image"));
+    assert!(run(&["--firmware", "/nowhere/x"]).contains("--firmware: /nowhere/x"));
+    let whole = dir.file("whole.bin", &[0xf4; 0x1_0000]);
+    let said = run(&[
+        "--firmware",
+        text(&whole),
+        "--net",
+        "none",
+        "--boot",
+        "once=disk3",
+    ]);
+    assert!(said.contains("--boot: there is no disk3"), "{said}");
+    let said = run(&["--firmware", text(&whole), "--firmware-vars", "v"]);
+    assert!(said.contains("keeps no variables"), "{said}");
+    assert!(run(&["--smbios", "uuid=1"]).contains("--smbios: expected a UUID"));
+}
+
+#[test]
+fn ovmf_keeps_variables_over_a_restart() {
+    let dir = Scratch::new("firmware-variables");
+    let Some(uefi) = uefi() else { return };
+    const GUID: &str = "11112222-3333-4444-5555-666677778888";
+    let first = format!(
+        "echo round-one\r\nsetvar Pyrite -guid {GUID} -bs -rt -nv =\"kept-77\"\r\nreset -s\r\n"
+    );
+    let second = format!("echo round-two\r\nsetvar Pyrite -guid {GUID}\r\nreset -s\r\n");
+    let vars = dir.0.join("vars");
+    let round = |name: &str, script: &str| {
+        let esp = esp(&dir, name, &[("/startup.nsh", script.as_bytes())])?;
+        let more = [
+            "--disk",
+            text(&esp),
+            "--memory",
+            "128M",
+            "--firmware-vars",
+            text(&vars),
+        ];
+        Some(start(&uefi, &more))
+    };
+    let Some(mut s) = round("first.img", &first) else {
+        return;
+    };
+    s.expect("round-one", TWO_MINUTES);
+    let (code, out, _) = s.end(MINUTE);
+    assert_eq!(code, 0, "it switches itself off: {out}");
+    let size = std::fs::metadata(&vars)
+        .expect("file of the variables")
+        .len();
+    assert_eq!(size, 540_672);
+    let Some(mut s) = round("second.img", &second) else {
+        return;
+    };
+    s.expect("round-two", TWO_MINUTES);
+    let (code, out, _) = s.end(MINUTE);
+    assert_eq!(code, 0);
+    assert!(
+        out.contains("kept-77") || out.contains("6B 65 70 74 2D 37 37"),
+        "{out}"
+    );
+}
+
+#[test]
+fn ovmf_starts_grub_which_starts_debian() {
+    let dir = Scratch::new("firmware-efi");
+    let (Some(uefi), Some(guest)) = (uefi(), kernel()) else {
+        return;
+    };
+    let signed = "usr/lib/grub/x86_64-efi-signed";
+    let Some(grub) = package_file("grub-efi-amd64-signed", signed, "grubx64.efi") else {
+        return;
+    };
+    let script = "serial --unit=0\nterminal_output serial\nterminal_input serial\n\
+                  echo this is GRUB\nlinux /vmlinuz console=ttyS0 quiet\ninitrd /initrd.img\nboot\n";
+    let read = |p: &Path| std::fs::read(p).expect("a file");
+    let files: [(&str, &[u8]); 8] = [
+        ("/EFI/", b""),
+        ("/EFI/BOOT/", b""),
+        ("/EFI/debian/", b""),
+        ("/EFI/BOOT/BOOTX64.EFI", &read(&grub)),
+        ("/EFI/debian/grub.cfg", script.as_bytes()),
+        ("/vmlinuz", &read(&guest.kernel)),
+        ("/initrd.img", &read(&guest.initrd)),
+        ("/readme", b"a disk of a test"),
+    ];
+    let Some(esp) = esp(&dir, "esp.img", &files) else {
+        return;
+    };
+    let more = [
+        "--disk",
+        text(&esp),
+        "--cpus",
+        "2",
+        "--smbios",
+        "serial=SN-43",
+    ];
+    let mut s = start(&uefi, &more);
+    s.expect("this is GRUB", TWO_MINUTES);
+    s.expect("~# ", TWO_MINUTES);
+    assert!(ask(&mut s, "ls /sys/firmware/efi").contains("systab"));
+    assert!(ask(&mut s, "nproc").contains('2'));
+    assert!(ask(&mut s, "cat /sys/class/dmi/id/product_serial").contains("SN-43"));
+    let messages = ask(&mut s, "dmesg");
+    assert!(messages.contains("efi: EFI v2"), "{messages}");
+    assert!(!messages.contains("ACPI Error"), "{messages}");
+    assert!(!messages.contains("can't claim"), "{messages}");
+}
