@@ -365,7 +365,8 @@ fn newest(dir: &Path, start: &str) -> Result<PathBuf, Reason> {
             p.file_name()
                 .is_some_and(|n| n.to_string_lossy().starts_with(start))
         })
-        .max()
+        // A file that is called just so, else the newest version.
+        .max_by_key(|p| (p.file_name() == Some(start.as_ref()), p.clone()))
         .ok_or_else(|| format!("{} has no {start}*", dir.display()))
 }
 
