@@ -1,5 +1,5 @@
-//! Firmware of the host's distribution on the software engine: SeaBIOS and OVMF boot from disks,
-//! through GRUB, to a Debian kernel.
+//! Firmware of the host's distribution on the software engine: SeaBIOS boots from disks, through GRUB,
+//! to a Debian kernel.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,12 +13,7 @@ const DEBIAN_12: KernelPackage = KernelPackage {
     arch: "amd64",
     package: "linux-image-cloud-amd64",
 };
-/// Bytes of a test's EFI system partition, and of the volume on it.
-const ESP_BYTES: u64 = 66 << 20;
-const ESP_VOLUME_BYTES: u64 = 64 << 20;
 const MINUTE: Duration = Duration::from_secs(60);
-/// OVMF takes some 20 s on an idle machine.
-const OVMF: Duration = Duration::from_secs(140);
 const TWO_MINUTES: Duration = Duration::from_secs(120);
 
 /// A file of a Debian package, or a loud word about why there is none.
@@ -34,12 +29,6 @@ fn package_file(package: &str, dir: &str, name: &str) -> Option<PathBuf> {
 
 fn bios() -> Option<PathBuf> {
     package_file("seabios", "usr/share/seabios", "bios-256k.bin")
-}
-
-/// OVMF; its variables are found by their name.
-fn uefi() -> Option<PathBuf> {
-    package_file("ovmf", "usr/share/OVMF", "OVMF_VARS_4M.fd")?;
-    package_file("ovmf", "usr/share/OVMF", "OVMF_CODE_4M.fd")
 }
 
 fn kernel() -> Option<Guest> {
@@ -72,38 +61,6 @@ fn type_slowly(s: &mut Session, line: &str) {
         s.expect(&c.to_string(), MINUTE);
     }
     s.send("\r");
-}
-
-/// A FAT file system with these files (path, content): paths of directories end with a slash.
-fn esp(dir: &Scratch, name: &str, files: &[(&str, &[u8])]) -> Option<PathBuf> {
-    use std::os::unix::fs::PermissionsExt;
-    let mtools = package_file("mtools", "usr/bin", "mtools")?;
-    let mode = std::fs::Permissions::from_mode(0o755);
-    std::fs::set_permissions(&mtools, mode).expect("mtools can be run");
-    let image = dir.0.join(name);
-    let file = std::fs::File::create(&image).expect("image");
-    file.set_len(ESP_VOLUME_BYTES).expect("image");
-    let run = |args: &[&str]| {
-        let done = Command::new(&mtools)
-            .args(["-c", args[0], "-i", text(&image)])
-            .args(&args[1..])
-            .output()
-            .expect("mtools");
-        let problem = String::from_utf8_lossy(&done.stderr).into_owned();
-        assert!(done.status.success(), "mtools {args:?}: {problem}");
-    };
-    run(&["mformat", "-v", "PYRITE", "::"]);
-    // The volume is rounded up to whole tracks.
-    file.set_len(ESP_BYTES).expect("image");
-    for (path, content) in files {
-        if path.ends_with('/') {
-            run(&["mmd", &format!("::{}", path.trim_end_matches('/'))]);
-        } else {
-            let from = dir.file("copied", content);
-            run(&["mcopy", text(&from), &format!("::{path}")]);
-        }
-    }
-    Some(image)
 }
 
 /// What the guest's shell prints for a command.
@@ -305,94 +262,4 @@ fn wrong_firmware_is_refused() {
     let said = run(&["--firmware", text(&whole), "--firmware-vars", "v"]);
     assert!(said.contains("keeps no variables"), "{said}");
     assert!(run(&["--smbios", "uuid=1"]).contains("--smbios: expected a UUID"));
-}
-
-#[test]
-fn ovmf_keeps_variables_over_a_restart() {
-    let dir = Scratch::new("firmware-variables");
-    let Some(uefi) = uefi() else { return };
-    const GUID: &str = "11112222-3333-4444-5555-666677778888";
-    let first = format!(
-        "echo round-one\r\nsetvar Pyrite -guid {GUID} -bs -rt -nv =\"kept-77\"\r\nreset -s\r\n"
-    );
-    let second = format!("echo round-two\r\nsetvar Pyrite -guid {GUID}\r\nreset -s\r\n");
-    let vars = dir.0.join("vars");
-    let round = |name: &str, script: &str| {
-        let esp = esp(&dir, name, &[("/startup.nsh", script.as_bytes())])?;
-        let more = [
-            "--disk",
-            text(&esp),
-            "--memory",
-            "128M",
-            "--firmware-vars",
-            text(&vars),
-        ];
-        Some(start(&uefi, &more))
-    };
-    let Some(mut s) = round("first.img", &first) else {
-        return;
-    };
-    s.expect("round-one", OVMF);
-    let (code, out, _) = s.end(MINUTE);
-    assert_eq!(code, 0, "it switches itself off: {out}");
-    let size = std::fs::metadata(&vars)
-        .expect("file of the variables")
-        .len();
-    assert_eq!(size, 540_672);
-    let Some(mut s) = round("second.img", &second) else {
-        return;
-    };
-    s.expect("round-two", OVMF);
-    let (code, out, _) = s.end(MINUTE);
-    assert_eq!(code, 0);
-    assert!(
-        out.contains("kept-77") || out.contains("6B 65 70 74 2D 37 37"),
-        "{out}"
-    );
-}
-
-#[test]
-fn ovmf_starts_grub_which_starts_debian() {
-    let dir = Scratch::new("firmware-efi");
-    let (Some(uefi), Some(guest)) = (uefi(), kernel()) else {
-        return;
-    };
-    let signed = "usr/lib/grub/x86_64-efi-signed";
-    let Some(grub) = package_file("grub-efi-amd64-signed", signed, "grubx64.efi") else {
-        return;
-    };
-    let script = "serial --unit=0\nterminal_output serial\nterminal_input serial\n\
-                  echo this is GRUB\nlinux /vmlinuz console=ttyS0 quiet\ninitrd /initrd.img\nboot\n";
-    let read = |p: &Path| std::fs::read(p).expect("a file");
-    let files: [(&str, &[u8]); 8] = [
-        ("/EFI/", b""),
-        ("/EFI/BOOT/", b""),
-        ("/EFI/debian/", b""),
-        ("/EFI/BOOT/BOOTX64.EFI", &read(&grub)),
-        ("/EFI/debian/grub.cfg", script.as_bytes()),
-        ("/vmlinuz", &read(&guest.kernel)),
-        ("/initrd.img", &read(&guest.initrd)),
-        ("/readme", b"a disk of a test"),
-    ];
-    let Some(esp) = esp(&dir, "esp.img", &files) else {
-        return;
-    };
-    let more = [
-        "--disk",
-        text(&esp),
-        "--cpus",
-        "2",
-        "--smbios",
-        "serial=SN-43",
-    ];
-    let mut s = start(&uefi, &more);
-    s.expect("this is GRUB", OVMF);
-    s.expect("~# ", TWO_MINUTES);
-    assert!(ask(&mut s, "ls /sys/firmware/efi").contains("systab"));
-    assert!(ask(&mut s, "nproc").contains('2'));
-    assert!(ask(&mut s, "cat /sys/class/dmi/id/product_serial").contains("SN-43"));
-    let messages = ask(&mut s, "dmesg");
-    assert!(messages.contains("efi: EFI v2"), "{messages}");
-    assert!(!messages.contains("ACPI Error"), "{messages}");
-    assert!(!messages.contains("can't claim"), "{messages}");
 }
