@@ -311,7 +311,8 @@ const PYTHON: &[&str] = &[
     "shutil",
 ];
 
-/// Stressors that check their results, or that press on what an engine finds hard.
+/// Stressors that check their results, or that press on what an engine finds hard. Not `env`, which
+/// takes all memory, so that the kernel ends the shell that waits for it.
 const STRESS: &[&str] = &[
     "matrix",
     "matrix-3d",
@@ -444,7 +445,6 @@ const STRESS: &[&str] = &[
     "null",
     "zero",
     "urandom",
-    "env",
     "context",
 ];
 
@@ -465,7 +465,9 @@ fn everything(cpus: &str) {
     let mut note = |g: &mut Guest, command: String, seconds| {
         let (status, output) = g.run(&command, seconds);
         eprintln!("{status:3}  {command}");
-        if status != 0 {
+        // stress-ng(1): 3 and 4 are what the system cannot do, whatever runs it.
+        let lacks = command.contains("stress-ng") && matches!(status, 3 | 4);
+        if status != 0 && !lacks {
             bad.push(format!("{command}: {status}\n{output}"));
         }
     };
