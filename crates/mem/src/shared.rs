@@ -14,6 +14,9 @@ use std::ffi::CStr;
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+/// What is smaller has no large page, and is not worth a process.
+const LARGE_PAGE_BYTES: u64 = 2 << 20;
+
 /// Memory that can be mapped more than once.
 #[derive(Debug)]
 pub struct SharedMemory {
@@ -30,9 +33,14 @@ impl SharedMemory {
     /// # Errors
     /// What the host says.
     pub fn new(name: &CStr, size_bytes: u64) -> Result<SharedMemory> {
-        let (fd, large_pages) = match in_own_tmpfs() {
-            Ok(fd) => (fd, true),
-            Err(_) => (memfd(name)?, false),
+        let in_tmpfs = if size_bytes < LARGE_PAGE_BYTES {
+            None
+        } else {
+            in_own_tmpfs().ok()
+        };
+        let (fd, large_pages) = match in_tmpfs {
+            Some(fd) => (fd, true),
+            None => (memfd(name)?, false),
         };
         let len =
             libc::off_t::try_from(size_bytes).map_err(|_| Error::from(ErrorKind::InvalidInput))?;
@@ -111,8 +119,12 @@ fn in_own_tmpfs() -> Result<OwnedFd> {
             libc::_exit(0);
         }
     }
+    // The child needs its end of the pipe, which is also ours, until it has ended: a signal must not
+    // cut the wait short.
     // SAFETY: waits for the child just made.
-    unsafe { libc::waitpid(child as i32, std::ptr::null_mut(), libc::__WALL) };
+    while unsafe { libc::waitpid(child as i32, std::ptr::null_mut(), libc::__WALL) } < 0
+        && Error::last_os_error().kind() == ErrorKind::Interrupted
+    {}
     drop(to_parent);
     let mut answer = -1i32;
     // SAFETY: reads into a local of that size.
@@ -217,7 +229,7 @@ mod tests {
         let open = || std::fs::read_dir("/proc/self/fd").expect("list").count();
         let before = open();
         let all: Vec<_> = (0..10)
-            .map(|_| SharedMemory::new(c"test", 1 << 20).expect("memory"))
+            .map(|_| SharedMemory::new(c"test", LARGE_PAGE_BYTES).expect("memory"))
             .collect();
         drop(all);
         // Other tests of this process may open something meanwhile, but not as many.
