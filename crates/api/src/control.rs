@@ -85,10 +85,16 @@ pub enum Command {
         /// `/`-separated; empty for all.
         path: String,
     },
-    /// Changes the medium of a CD drive.
+    /// Changes the medium of a CD drive or a floppy drive.
     Medium {
         /// Number of the drive, from 0.
         drive: usize,
+        /// It is a floppy drive.
+        #[serde(default)]
+        floppy: bool,
+        /// A floppy disk is write-protected.
+        #[serde(default)]
+        read_only: bool,
         /// The new medium; none ejects.
         path: Option<PathBuf>,
         /// Although the guest has locked the tray.

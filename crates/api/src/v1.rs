@@ -29,6 +29,8 @@ pub const MAX_MEMORY_BYTES: u64 = 8 << 40;
 pub const MAX_DISKS: usize = 20;
 /// LIMIT: CD/DVD drives of a VM.
 pub const MAX_CDROMS: usize = 6;
+/// LIMIT: floppy drives of a VM.
+pub const MAX_FLOPPIES: usize = 2;
 /// LIMIT: drives on IDE: two channels of two.
 pub const MAX_IDE_DRIVES: usize = 4;
 /// LIMIT: bytes in a disk's serial number. virtio 1.3 §5.2.6.
@@ -202,6 +204,35 @@ pub struct CdromSpec {
     pub bus: DiskBus,
 }
 
+/// A kind of floppy drive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FloppyKind {
+    /// 5¼ inches, 1.2 MB and 360 KB.
+    #[serde(rename = "1.2M")]
+    D1200,
+    /// 3½ inches, 1.44 MB and 720 KB.
+    #[serde(rename = "1.44M")]
+    D1440,
+    /// 3½ inches, 2.88 MB, 1.44 MB and 720 KB.
+    #[serde(rename = "2.88M")]
+    D2880,
+}
+
+/// A floppy drive.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FloppySpec {
+    /// Raw image of the medium: 360, 720, 1200, 1440 or 2880 KiB. The drive is empty without.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// The medium is write-protected.
+    #[serde(default)]
+    pub read_only: bool,
+    /// The drive; without, the smallest one that reads the medium, or 1.44 MB if there is none.
+    #[serde(default)]
+    pub drive: Option<FloppyKind>,
+}
+
 /// A port of the host that leads into the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -262,6 +293,9 @@ pub struct VmSpec {
     /// CD/DVD drives.
     #[serde(default)]
     pub cdroms: Vec<CdromSpec>,
+    /// Floppy drives, A and B.
+    #[serde(default)]
+    pub floppies: Vec<FloppySpec>,
     /// Network card.
     #[serde(default)]
     pub net: NetSpec,
@@ -312,6 +346,7 @@ impl Default for VmSpec {
             smbios: SmbiosSpec::default(),
             disks: Vec::new(),
             cdroms: Vec::new(),
+            floppies: Vec::new(),
             net: NetSpec::default(),
             console: ConsoleKind::Serial,
             screen: ScreenSpec::default(),
@@ -413,6 +448,13 @@ impl VmSpec {
         }
         self.validate_disks(&mut bad);
         self.validate_cdroms(&mut bad);
+        if self.floppies.len() > MAX_FLOPPIES {
+            let text = format!(
+                "{} floppy drives; at most {MAX_FLOPPIES}",
+                self.floppies.len()
+            );
+            bad("floppies".into(), text);
+        }
         self.validate_net(&mut bad);
         self.screen.validate(&mut bad);
         if let Some(v) = &self.vsock {

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
-    BootSpec, CdromSpec, ConsoleKind, DiskBus, DiskFormat, DiskSpec, EngineKind, ForwardSpec,
-    ModuleSpec, NetKind, NetSpec, Protocol, ResetPolicy, SpecError, VmSpec,
+    BootSpec, CdromSpec, ConsoleKind, DiskBus, DiskFormat, DiskSpec, EngineKind, FloppyKind,
+    FloppySpec, ForwardSpec, ModuleSpec, NetKind, NetSpec, Protocol, ResetPolicy, SpecError,
+    VmSpec,
 };
 use pyrite_disk::Format;
 
@@ -109,20 +110,25 @@ pub enum Ask {
         #[arg(value_name = "SIZE", value_parser = parse_size)]
         bytes: u64,
     },
-    /// Put another CD image into a drive
+    /// Put another image into a CD drive or a floppy drive
     Insert {
-        /// Number of the drive: 0 is the first --cdrom
-        drive: usize,
-        /// CD image (ISO 9660)
+        /// The drive: 0 is the first --cdrom, fd0 the first --floppy
+        #[arg(value_parser = parse_drive)]
+        drive: DriveName,
+        /// CD image (ISO 9660), or raw image of a floppy disk
         file: PathBuf,
         /// Although the guest has locked the tray
         #[arg(long)]
         force: bool,
+        /// The floppy disk is write-protected
+        #[arg(long)]
+        ro: bool,
     },
-    /// Take the CD out of a drive
+    /// Take the CD or the floppy disk out of a drive
     Eject {
-        /// Number of the drive: 0 is the first --cdrom
-        drive: usize,
+        /// The drive: 0 is the first --cdrom, fd0 the first --floppy
+        #[arg(value_parser = parse_drive)]
+        drive: DriveName,
         /// Although the guest has locked the tray
         #[arg(long)]
         force: bool,
@@ -176,6 +182,17 @@ pub struct RunArgs {
     /// ide or scsi.
     #[arg(long = "cdrom", value_name = "FILE[,bus=BUS]", value_parser = parse_cdrom)]
     pub cdroms: Vec<CdromSpec>,
+    /// Floppy drive; repeatable, for A and B
+    ///
+    /// FILE is a raw image of a floppy disk of 360, 720, 1200, 1440 or 2880 KiB, or none for an
+    /// empty drive; `pyrite ctl` changes it. ro protects it; then less than the whole disk is
+    /// enough. drive= says which drive it is: by default the smallest one that reads the disk.
+    #[arg(
+        long = "floppy",
+        value_name = "FILE[,ro][,drive=1.2M|1.44M|2.88M]",
+        value_parser = parse_floppy
+    )]
+    pub floppies: Vec<FloppySpec>,
     /// Network card
     #[arg(long, value_enum, default_value = "user")]
     pub net: NetArg,
@@ -276,6 +293,7 @@ impl RunArgs {
             },
             disks: self.disks.clone(),
             cdroms: self.cdroms.clone(),
+            floppies: self.floppies.clone(),
             net: NetSpec {
                 kind: match self.net {
                     NetArg::User => NetKind::User,
@@ -327,6 +345,7 @@ fn option_of(path: &str) -> &'static str {
         ("cpu_model", _) => "--cpu",
         ("disks", _) => "--disk",
         ("cdroms", _) => "--cdrom",
+        ("floppies", _) => "--floppy",
         ("net", p) if p.starts_with("net.forwards") => "-p",
         ("net", p) if p.starts_with("net.host_loopback") => "--host-loopback",
         ("net", _) => "--net",
@@ -420,6 +439,54 @@ fn parse_cdrom(text: &str) -> Result<CdromSpec, String> {
         }
     }
     Ok(cdrom)
+}
+
+/// `FILE[,ro][,drive=KIND]`; `none` is an empty drive.
+fn parse_floppy(text: &str) -> Result<FloppySpec, String> {
+    let mut parts = split_at_commas(text).into_iter();
+    let path = parts
+        .next()
+        .filter(|p| !p.is_empty())
+        .ok_or("expected FILE[,ro][,drive=KIND], or none for an empty drive")?;
+    let mut floppy = FloppySpec {
+        path: (path != "none").then(|| path.into()),
+        ..FloppySpec::default()
+    };
+    for part in parts {
+        match part.as_str() {
+            "ro" => floppy.read_only = true,
+            "drive=1.2M" => floppy.drive = Some(FloppyKind::D1200),
+            "drive=1.44M" => floppy.drive = Some(FloppyKind::D1440),
+            "drive=2.88M" => floppy.drive = Some(FloppyKind::D2880),
+            _ => {
+                return Err(format!(
+                    "unknown setting {part:?}; expected ro, drive=1.2M, drive=1.44M or \
+                     drive=2.88M (a comma in the file name is written ,,)"
+                ));
+            }
+        }
+    }
+    Ok(floppy)
+}
+
+/// A drive whose medium is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DriveName {
+    /// A CD drive, by number.
+    Cd(usize),
+    /// A floppy drive, by number.
+    Floppy(usize),
+}
+
+fn parse_drive(text: &str) -> Result<DriveName, String> {
+    let (kind, number): (fn(usize) -> DriveName, &str) = match text.strip_prefix("fd") {
+        Some(n) => (DriveName::Floppy, n),
+        None => (DriveName::Cd, text),
+    };
+    let number = number.parse().map_err(|_| {
+        "expected the number of a CD drive, e.g. 0, or of a floppy drive, e.g. fd0".to_owned()
+    })?;
+    Ok(kind(number))
 }
 
 fn parse_bus(text: &str) -> Result<DiskBus, String> {
@@ -535,6 +602,10 @@ mod tests {
             "d,ro,serial=S1",
             "--disk",
             "a,,b,format=qcow2,backing=allow,bus=ahci",
+            "--floppy",
+            "f.img,ro",
+            "--floppy",
+            "none,drive=2.88M",
             "--cdrom",
             "c.iso",
             "--cdrom",
@@ -579,6 +650,10 @@ mod tests {
             (spec.disks[0].bus, spec.disks[1].bus),
             (DiskBus::Virtio, DiskBus::Ahci)
         );
+        assert!(spec.floppies[0].read_only && !spec.floppies[1].read_only);
+        assert_eq!(spec.floppies[1].drive, Some(FloppyKind::D2880));
+        let media: Vec<_> = spec.floppies.iter().map(|f| f.path.clone()).collect();
+        assert_eq!(media, [Some(PathBuf::from("f.img")), None]);
         let media: Vec<_> = spec.cdroms.iter().map(|c| c.path.clone()).collect();
         assert_eq!(media, [Some(PathBuf::from("c.iso")), None]);
         assert!(spec.disks[1].allow_backing && !spec.disks[0].allow_backing);
@@ -600,6 +675,9 @@ mod tests {
             ["--disk", "d,bus=mfm"],
             ["--cdrom", ",bus=ahci"],
             ["--cdrom", "c,ro"],
+            ["--floppy", "f,rw"],
+            ["--floppy", "f,drive=8M"],
+            ["--floppy", ",ro"],
             ["-p", "80"],
             ["-p", "0:80"],
             ["-p", "80:70000"],

@@ -15,7 +15,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use anyhow::{Context, Result, bail};
 use pyrite_api::control::{self, Command, Message, Outcome, Request, Tree};
 
-use crate::args::{Ask, CtlArgs};
+use crate::args::{Ask, CtlArgs, DriveName};
 use crate::exit;
 
 /// LIMIT: connections at a time.
@@ -159,16 +159,16 @@ fn ask(socket: &Path, what: Ask) -> Result<Outcome> {
         },
         Ask::Inspect { path } => Command::Inspect { path },
         Ask::Balloon { bytes } => Command::Balloon { bytes },
-        Ask::Insert { drive, file, force } => Command::Medium {
+        Ask::Insert {
             drive,
-            path: Some(std::path::absolute(&file).context("the CD image")?),
+            file,
             force,
-        },
-        Ask::Eject { drive, force } => Command::Medium {
-            drive,
-            path: None,
-            force,
-        },
+            ro,
+        } => {
+            let path = std::path::absolute(&file).context("the image")?;
+            medium(drive, Some(path), force, ro)
+        }
+        Ask::Eject { drive, force } => medium(drive, None, force, false),
         Ask::Pause => Command::Pause,
         Ask::Resume => Command::Resume,
         Ask::Reset => Command::Reset,
@@ -176,6 +176,20 @@ fn ask(socket: &Path, what: Ask) -> Result<Outcome> {
         Ask::Stop => Command::Stop,
     };
     request(socket, command)
+}
+
+fn medium(name: DriveName, path: Option<PathBuf>, force: bool, read_only: bool) -> Command {
+    let (floppy, drive) = match name {
+        DriveName::Cd(n) => (false, n),
+        DriveName::Floppy(n) => (true, n),
+    };
+    Command::Medium {
+        drive,
+        floppy,
+        read_only,
+        path,
+        force,
+    }
 }
 
 /// Asks something of the VM that listens at `socket`.

@@ -163,6 +163,21 @@ impl Rtc {
         }
     }
 
+    /// Tells in CMOS which floppy drives there are, A and B, by their types (0: none). Before the
+    /// machine starts.
+    pub fn set_floppy_drives(&mut self, [a, b]: [u8; 2]) {
+        let count = u8::from(a != 0) + u8::from(b != 0);
+        // Equipment: bit 0 there are some, bits 7-6 how many more than one.
+        let equipment = u8::from(count > 0) | count.saturating_sub(1) << 6;
+        let other = self.cmos(0x14) & !0xc1;
+        for (at, v) in [(0x10, a << 4 | b & 0xf), (0x14, other | equipment)] {
+            if let Some(byte) = self.factory.get_mut(at) {
+                *byte = v;
+            }
+            self.set_cmos(at, v);
+        }
+    }
+
     fn cmos(&self, at: usize) -> u8 {
         self.regs.cmos.get(at).copied().unwrap_or(0xff)
     }

@@ -15,7 +15,9 @@
 
 pub mod ahci;
 pub mod ata;
+pub mod floppy;
 pub mod ide;
+pub mod isa_dma;
 pub mod nvme;
 #[cfg(test)]
 mod testing;

@@ -79,7 +79,7 @@ fn next_size(size_bytes: u64) -> u64 {
 pub struct RawImage {
     storage: Box<dyn Storage>,
     size_bytes: AtomicU64,
-    /// Bytes of the file; less than the size only if that was rounded up.
+    /// Bytes of the file; less than the size only of an image that is read-only.
     file_bytes: u64,
     read_only: bool,
 }
@@ -109,6 +109,15 @@ impl RawImage {
             .len()
             .map_err(|source| OpenError::Open { path, source })?;
         Ok(RawImage::with_storage(Box::new(file), size_bytes, true))
+    }
+
+    /// As [`RawImage::padded`], but filled up with zeroes to `size_bytes` (whole sectors), if the
+    /// file has less.
+    pub fn padded_to(file: HostFile, size_bytes: u64) -> Result<RawImage, OpenError> {
+        let image = RawImage::padded(file)?;
+        let size = image.size().max(next_size(size_bytes));
+        image.size_bytes.store(size, Ordering::Release);
+        Ok(image)
     }
 
     /// On any storage.

@@ -12,6 +12,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use pyrite_api::v1::SmbiosSpec;
+use pyrite_devices::storage::floppy::DriveKind;
 use pyrite_mem::GuestMemory;
 use pyrite_x86::CpuState;
 
@@ -174,6 +175,8 @@ pub struct BootImage {
     pub has_text_screen: bool,
     /// Who the machine says that it is.
     pub identity: SmbiosSpec,
+    /// Floppy drives.
+    pub floppies: Vec<DriveKind>,
 }
 
 /// What kind of kernel a file holds.
@@ -211,7 +214,7 @@ impl BootImage {
                 "only a Multiboot kernel takes modules, and this kernel is none",
             ));
         }
-        let rsdp = lowmem::write_tables(memory, vcpus, &self.identity)?;
+        let rsdp = lowmem::write_tables(memory, vcpus, &self.identity, &self.floppies)?;
         match format {
             KernelFormat::BzImage => linux::load_bzimage(self, &kernel, memory, rsdp),
             KernelFormat::Vmlinux => linux::load_vmlinux(self, &kernel, memory, rsdp),

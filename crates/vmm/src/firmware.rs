@@ -15,6 +15,7 @@ use pyrite_devices::chipset::{Chipset, FirmwareBoard};
 use pyrite_devices::flash::{self, Flash, FlashStore, Volatile};
 use pyrite_devices::fw_cfg::{self, FwCfg, FwCfgError};
 use pyrite_devices::pci_host::{EcamBase, Q35_ECAM_BYTES, Windows};
+use pyrite_devices::storage::floppy::DriveKind;
 use pyrite_devices::uart::SerialBackend;
 use pyrite_mem::{FIRMWARE_LOW_RAM_END, GuestMemory, HIGH_RAM_START};
 use pyrite_vdev::bus::lock;
@@ -254,6 +255,7 @@ impl Firmware {
             chipset.pci.ecam(),
             windows(&chipset.memory),
             spec.cpus,
+            crate::machine::floppy_kinds(spec).unwrap_or_default(),
         )
     }
 
@@ -336,12 +338,23 @@ pub fn acpi_board(ecam: Option<u64>, windows: Windows) -> acpi::Board {
         window64: (windows.mem64.0, windows.mem64.0 + (windows.mem64.1 - 1)),
         io_start: windows.io.0 as u16,
         off_type: board::SLP_TYP_S5,
+        floppies: Vec::new(),
     }
 }
 
-fn add_acpi(f: &mut FwCfg, ecam: EcamBase, windows: Windows, vcpus: u32) -> Result<(), FwCfgError> {
+fn add_acpi(
+    f: &mut FwCfg,
+    ecam: EcamBase,
+    windows: Windows,
+    vcpus: u32,
+    floppies: Vec<DriveKind>,
+) -> Result<(), FwCfgError> {
     f.add_computed(Box::new(move || {
-        let files = acpi::files(&acpi_board(ecam.get(), windows), vcpus);
+        let board = acpi::Board {
+            floppies: floppies.clone(),
+            ..acpi_board(ecam.get(), windows)
+        };
+        let files = acpi::files(&board, vcpus);
         vec![
             ("etc/acpi/tables", files.tables),
             ("etc/acpi/rsdp", files.rsdp),

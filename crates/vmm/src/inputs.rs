@@ -39,6 +39,9 @@ pub fn check(spec: &VmSpec, with_boot: bool) -> Vec<SpecError> {
             errors.push(SpecError::new(format!("cdroms[{n}].path"), problem));
         }
     }
+    if let Err((n, problem)) = crate::machine::floppy_kinds(spec) {
+        errors.push(SpecError::new(format!("floppies[{n}].path"), problem));
+    }
     if let Some(path) = &spec.vsock {
         errors.extend(check_vsock(path).err());
     }
@@ -100,6 +103,8 @@ pub(crate) fn open_boot(spec: &VmSpec) -> Result<BootImage, Vec<BootError>> {
             cmdline: spec.boot.append.clone(),
             has_text_screen: spec.screen.vga == VgaKind::Std,
             identity: spec.smbios.clone(),
+            // A wrong one is told by `check`.
+            floppies: crate::machine::floppy_kinds(spec).unwrap_or_default(),
         }),
         _ => Err(errors),
     }
@@ -213,7 +218,6 @@ fn check_cpio(file: &mut File, size: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// A raw image or a block device that can be opened as the guest will use it.
 /// What can lie in a CD drive.
 pub(crate) fn check_medium(path: &Path) -> Result<(), String> {
     let meta = std::fs::metadata(path).map_err(|e| e.to_string())?;
@@ -233,6 +237,7 @@ pub(crate) fn check_medium(path: &Path) -> Result<(), String> {
     }
 }
 
+/// A raw image or a block device that can be opened as the guest will use it.
 fn check_disk(disk: &DiskSpec) -> Result<(), String> {
     let meta = std::fs::metadata(&disk.path).map_err(|e| e.to_string())?;
     if !meta.is_file() && !meta.file_type().is_block_device() {

@@ -46,10 +46,12 @@ use crate::run::console::Console;
 #[cfg(test)]
 mod doorbell_tests;
 mod drives;
+mod floppies;
 mod screen;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use floppies::kinds as floppy_kinds;
 pub(crate) use screen::{check_video_bios, memory_layout};
 
 /// How long a flush of the disks may take.
@@ -103,6 +105,7 @@ pub struct Machine {
     pub image_disks: Vec<Arc<dyn BlockBackend>>,
     /// Trays of the CD drives.
     trays: Vec<Arc<Tray>>,
+    floppies: floppies::FloppyDrives,
     /// The engine's VM.
     pub vm: Arc<dyn Vm>,
     /// Its CPUID, before per-vCPU fields.
@@ -282,6 +285,7 @@ impl Machine {
         let screen = screen::plug(spec, &mut slots)?;
         let input = Input::new(&chipset.i8042).map_err(|e| host("input")(e.into()))?;
         let trays = drives::plug(spec, &mut slots, &mut image_disks)?;
+        let floppies = floppies::plug(spec, &mut slots)?;
         let vnc = screen::listen(spec, &screen, &input)?;
         let boot_devices = std::mem::take(&mut slots.boot);
         units.extend(pci_host);
@@ -322,6 +326,7 @@ impl Machine {
             firmware: firmware.map(|f| (f, boot_devices)),
             image_disks,
             trays,
+            floppies,
             vm,
             cpuid,
             console,

@@ -453,8 +453,19 @@ impl Running {
             Command::Balloon { bytes } => self.balloon(bytes).map(|()| Outcome::Done),
             Command::Screenshot { path } => self.screenshot(&path).map(|()| Outcome::Done),
             Command::Keys { strokes } => self.keys(&strokes).map(|()| Outcome::Done),
-            Command::Medium { drive, path, force } => {
-                let changed = self.d.machine.change_medium(drive, path.as_deref(), force);
+            Command::Medium {
+                drive,
+                floppy,
+                read_only,
+                path,
+                force,
+            } => {
+                let m = &self.d.machine;
+                let changed = if floppy {
+                    m.change_floppy(drive, path.as_deref(), read_only)
+                } else {
+                    m.change_medium(drive, path.as_deref(), force)
+                };
                 changed.map(|()| Outcome::Done)
             }
             Command::Inspect { path } => match self.inspect().at(&path) {

@@ -5,14 +5,15 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    self, AddressSpace as Window, AddressSpaceCacheable, Arg, CreateDWordField, Device, EISAName,
-    Else, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Or, Package, PackageBuilder, Path,
-    ResourceTemplate, Return, Scope, Uuid,
+    self, AddressSpace as Window, AddressSpaceCacheable, Arg, BufferData, CreateDWordField, Device,
+    EISAName, Else, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Or, Package,
+    PackageBuilder, Path, ResourceTemplate, Return, Scope, Uuid,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::sdt::Sdt;
+use pyrite_devices::storage::floppy::DriveKind;
 
 use crate::board::{
     CMOS_CENTURY, ECAM_BYTES, ECAM_START, GPE0_PORT, HPET_ADDR, HPET_BYTES, IOAPIC_ADDR,
@@ -56,6 +57,8 @@ pub struct Board {
     pub io_start: u16,
     /// SLP_TYP of soft-off.
     pub off_type: u8,
+    /// Floppy drives.
+    pub floppies: Vec<DriveKind>,
 }
 
 impl Board {
@@ -68,6 +71,7 @@ impl Board {
             window64: (PCI_MMIO64_START, PCI_MMIO64_START + (PCI_MMIO64_BYTES - 1)),
             io_start: PCI_IO_START,
             off_type: SLP_TYP_S5,
+            floppies: Vec::new(),
         }
     }
 
@@ -151,8 +155,12 @@ fn tables(board: &Board, base: u64, header: usize, vcpus: u32) -> Tables {
 
 /// All tables of board version 1 for a machine with `vcpus` vCPUs, to be put at `base` (64-byte
 /// aligned, below 4 GiB). The RSDP comes first.
-pub fn build(base: u64, vcpus: u32) -> Vec<u8> {
-    let mut t = tables(&Board::version_1(), base, 64, vcpus);
+pub fn build(base: u64, vcpus: u32, floppies: &[DriveKind]) -> Vec<u8> {
+    let board = Board {
+        floppies: floppies.to_vec(),
+        ..Board::version_1()
+    };
+    let mut t = tables(&board, base, 64, vcpus);
     let rsdp = rsdp(t.rsdt as u32, t.xsdt);
     if let Some(slot) = t.bytes.get_mut(..RSDP_BYTES) {
         slot.copy_from_slice(&rsdp);
@@ -374,6 +382,55 @@ fn isa_device(name: &str, hid: &str, uid: u8, ports: &[(u16, u8)], irq: Option<u
     ))
 }
 
+/// Floppy controller: its ports, its DMA channel, and drives with their geometry. ACPI 6.5 §9.9.
+fn floppy_controller(drives: &[DriveKind]) -> Vec<u8> {
+    let hid = Name::new("_HID".into(), &EISAName::new("PNP0700"));
+    let sta = Name::new("_STA".into(), &0x0fu8);
+    let ports = [IO::new(0x3f0, 0x3f0, 1, 6), IO::new(0x3f7, 0x3f7, 1, 1)];
+    let irq = Interrupt::new(true, true, false, false, 6);
+    // DMA descriptor, §6.4.2.2: channel 2, 8 bits, no bus master.
+    let dma = Raw(vec![0x2a, 1 << 2, 0]);
+    let crs = Raw(crs(vec![&ports[0], &ports[1], &irq, &dma]));
+    // _FDE: drives 0 to 3, and that there is no tape.
+    let present = (0..4).flat_map(|n| u32::from(n < drives.len()).to_le_bytes());
+    let present: Vec<u8> = present.chain(2u32.to_le_bytes()).collect();
+    let fde = Name::new("_FDE".into(), &BufferData::new(present));
+    let drives = drives.iter().enumerate().map(|(n, kind)| {
+        let g = kind.own_format();
+        let adr = Name::new("_ADR".into(), &(n as u8));
+        // §9.9.2; the last eleven are the diskette parameter table of a BIOS.
+        let numbers = [
+            n as u8,
+            kind.bios_type(),
+            g.cylinders - 1,
+            g.sectors,
+            1,
+            0xaf,
+            0x02,
+            0x25,
+            0x02,
+            g.sectors,
+            0x1b,
+            0xff,
+            0x6c,
+            0xf6,
+            0x0f,
+            0x08,
+        ];
+        let mut list = PackageBuilder::new();
+        for v in &numbers {
+            list.add_element(v);
+        }
+        let fdi = Name::new("_FDI".into(), &list);
+        let name = ["FLPA", "FLPB"].get(n).copied().unwrap_or("FLPC");
+        Raw(bytes_of(&Device::new(Path::new(name), vec![&adr, &fdi])))
+    });
+    let drives: Vec<Raw> = drives.collect();
+    let mut parts: Vec<&dyn Aml> = vec![&hid, &sta, &crs, &fde];
+    parts.extend(drives.iter().map(|d| d as &dyn Aml));
+    bytes_of(&Device::new("FDC0".into(), parts))
+}
+
 /// The host bridge without its children.
 fn pci_root(board: &Board) -> Vec<Vec<u8>> {
     let mut parts = vec![
@@ -507,6 +564,9 @@ fn dsdt(board: &Board, vcpus: u32) -> Vec<u8> {
         ]
         .map(Raw),
     );
+    if !board.floppies.is_empty() {
+        pci.push(Raw(floppy_controller(&board.floppies)));
+    }
     let pci_device = Device::new("PCI0".into(), pci.iter().map(|p| p as &dyn Aml).collect());
 
     let cpus: Vec<Raw> = (0..vcpus).map(|n| Raw(cpu_device(n))).collect();

@@ -2,6 +2,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use pyrite_api::v1::SmbiosSpec;
+use pyrite_devices::storage::floppy::DriveKind;
 use pyrite_mem::GuestMemory;
 use pyrite_x86::bits::{cr0, efer};
 use pyrite_x86::state::gpr;
@@ -45,6 +46,7 @@ fn image(dir: &Dir, kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> Boot
         identity: SmbiosSpec::default(),
         cmdline: cmdline.into(),
         has_text_screen: false,
+        floppies: Vec::new(),
     }
 }
 
@@ -130,8 +132,10 @@ fn assert_sums_to_zero(table: &[u8]) {
 
 #[test]
 fn acpi_tables_are_the_golden_board() {
-    check_golden("acpi-1.hex", &acpi::build(low::ACPI, 1));
-    check_golden("acpi-4.hex", &acpi::build(low::ACPI, 4));
+    check_golden("acpi-1.hex", &acpi::build(low::ACPI, 1, &[]));
+    check_golden("acpi-4.hex", &acpi::build(low::ACPI, 4, &[]));
+    let drives = [DriveKind::D1440, DriveKind::D1200];
+    check_golden("acpi-floppy.hex", &acpi::build(low::ACPI, 1, &drives));
 }
 
 #[test]
@@ -181,7 +185,7 @@ fn mp_tables_are_the_golden_board() {
 #[test]
 fn acpi_tables_have_right_checksums_and_pointers() {
     for vcpus in [1, 4, 254, 255, 256, 1024] {
-        let t = acpi::build(low::ACPI, vcpus);
+        let t = acpi::build(low::ACPI, vcpus, &[]);
         assert!(
             t.len() as u64 <= low::ACPI_BYTES,
             "{vcpus} vCPUs need {} bytes",
