@@ -5,53 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use pyrite_tests::fixtures::{self, Guest, KernelPackage};
+use pyrite_tests::firmware::{MINUTE, ask, kernel, package_file, start, text};
 use pyrite_tests::{Scratch, Session, ctl, pyrite};
 
-const DEBIAN_12: KernelPackage = KernelPackage {
-    suite: "bookworm",
-    arch: "amd64",
-    package: "linux-image-cloud-amd64",
-};
-const MINUTE: Duration = Duration::from_secs(60);
 const TWO_MINUTES: Duration = Duration::from_secs(120);
-
-/// A file of a Debian package, or a loud word about why there is none.
-fn package_file(package: &str, dir: &str, name: &str) -> Option<PathBuf> {
-    match fixtures::file_of(DEBIAN_12.suite, DEBIAN_12.arch, package, dir, name) {
-        Ok(path) => Some(path),
-        Err(why) => {
-            println!("SKIPPED: no {name} of {package}: {why}");
-            None
-        }
-    }
-}
 
 fn bios() -> Option<PathBuf> {
     package_file("seabios", "usr/share/seabios", "bios-256k.bin")
-}
-
-fn kernel() -> Option<Guest> {
-    match fixtures::guest(DEBIAN_12) {
-        Ok(guest) => Some(guest),
-        Err(why) => {
-            println!("SKIPPED: no kernel: {why}");
-            None
-        }
-    }
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("a path of text")
-}
-
-fn start(firmware: &Path, more: &[&str]) -> Session {
-    let mut command = Command::new(pyrite());
-    command
-        .args(["run", "--engine", "soft", "--net", "none"])
-        .args(["--console", "serial", "--firmware", text(firmware)])
-        .args(more);
-    Session::start(&mut command)
 }
 
 /// Types a character at a time, because a BIOS keeps few that nobody has read.
@@ -63,14 +23,6 @@ fn type_slowly(s: &mut Session, line: &str) {
     s.send("\r");
 }
 
-/// What the guest's shell prints for a command.
-fn ask(s: &mut Session, command: &str) -> String {
-    s.send(&format!("{command}; echo done=$?.\n"));
-    let out = s.until("done=0.", MINUTE);
-    s.expect("# ", MINUTE);
-    out
-}
-
 /// Debian's GRUB rescue image, as a disk, and a disk that is a tar archive, which GRUB reads: a
 /// kernel and what GRUB is to do with it.
 fn grub_disks(dir: &Scratch) -> Option<(PathBuf, PathBuf)> {
@@ -79,7 +31,7 @@ fn grub_disks(dir: &Scratch) -> Option<(PathBuf, PathBuf)> {
         "usr/lib/grub-rescue",
         "grub-rescue-cdrom.iso",
     )?;
-    let guest = kernel()?;
+    let guest = kernel("", &[])?;
     let mut bytes = std::fs::read(image).expect("GRUB");
     bytes.resize(bytes.len().next_multiple_of(512), 0);
     let grub = dir.file("grub.img", &bytes);

@@ -45,7 +45,8 @@ pub struct FirmwareArgs {
     /// Start with firmware instead of a kernel: bios, uefi, or an image
     ///
     /// bios and uefi are SeaBIOS and OVMF as this host has them installed (packages seabios and
-    /// ovmf). An image that has CODE in its name finds its variables under the name with VARS.
+    /// ovmf). An image that has CODE in its name finds its empty variables under the name with VARS.
+    /// Builds that need system management mode (secboot) do not start.
     #[arg(
         long,
         value_name = "bios|uefi|FILE",
@@ -54,8 +55,17 @@ pub struct FirmwareArgs {
     )]
     pub firmware: Option<FirmwareSpec>,
     /// File that keeps the variables of UEFI firmware; made if it is not there
-    #[arg(long, value_name = "FILE", requires = "firmware")]
-    pub firmware_vars: Option<PathBuf>,
+    ///
+    /// It is made as a copy of template=FILE, by default of the variables that belong to the
+    /// firmware. With those that have keys (OVMF_VARS_4M.ms.fd) UEFI starts only what is signed.
+    /// Without this option variables are lost at the end.
+    #[arg(
+        long,
+        value_name = "FILE[,template=FILE]",
+        requires = "firmware",
+        value_parser = parse_vars
+    )]
+    pub firmware_vars: Option<VarsFile>,
     /// What firmware boots: order=disk1:disk0:net0, once=DEVICE until the first reset, menu[=TIME]
     #[arg(
         long,
@@ -74,6 +84,13 @@ pub struct FirmwareArgs {
     pub smbios: Option<SmbiosSpec>,
 }
 
+/// What `--firmware-vars` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VarsFile {
+    file: PathBuf,
+    template: Option<PathBuf>,
+}
+
 /// What `--boot` says.
 #[derive(Clone, Debug, Default)]
 pub struct BootOrder {
@@ -87,8 +104,11 @@ impl FirmwareArgs {
     pub fn fill(&self, spec: &mut VmSpec) {
         if let Some(f) = &self.firmware {
             let boot = self.boot.clone().unwrap_or_default();
+            let vars = self.firmware_vars.as_ref();
+            let template = vars.and_then(|v| v.template.clone());
             spec.boot.firmware = Some(FirmwareSpec {
-                vars: self.firmware_vars.clone(),
+                vars: vars.map(|v| v.file.clone()),
+                vars_template: template.or_else(|| f.vars_template.clone()),
                 order: boot.order,
                 once: boot.once,
                 menu_ms: boot.menu_ms,
@@ -133,6 +153,27 @@ fn find_firmware(text: &str) -> Result<FirmwareSpec, String> {
             Ok(spec(path, vars.filter(|v| v.is_file())))
         }
     }
+}
+
+fn parse_vars(text: &str) -> Result<VarsFile, String> {
+    let mut parts = crate::args::split_at_commas(text).into_iter();
+    let file = parts.next().filter(|f| !f.is_empty());
+    let mut vars = VarsFile {
+        file: file.ok_or("expected a file")?.into(),
+        template: None,
+    };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("template", file)) if !file.is_empty() => vars.template = Some(file.into()),
+            _ => {
+                return Err(format!(
+                    "unknown setting {part:?}; expected template=FILE (a comma in a name is \
+                     written ,,)"
+                ));
+            }
+        }
+    }
+    Ok(vars)
 }
 
 fn parse_boot(text: &str) -> Result<BootOrder, String> {
@@ -192,6 +233,16 @@ mod tests {
         assert_eq!(parse_boot("menu=100").unwrap().menu_ms, Some(100));
         for wrong in ["", "disk0", "order=", "once=", "menu=soon", "order=a,,menu"] {
             assert!(parse_boot(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn files_of_variables() {
+        let v = parse_vars("a,,b,template=c").unwrap();
+        assert_eq!((v.file, v.template), ("a,b".into(), Some("c".into())));
+        assert_eq!(parse_vars("a").unwrap().template, None);
+        for wrong in ["", ",template=c", "a,template=", "a,b", "a,size=1"] {
+            assert!(parse_vars(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -116,7 +116,17 @@ pub mod firmware {
     pub const ECAM_USUAL: u64 = 0xb000_0000;
     /// `SLP_TYP` of soft-off: what SeaBIOS and OVMF write to switch off.
     pub const SLP_TYP_S5: u8 = 0;
-    /// End of guest-physical addresses that PCI may use. LIMIT: 46 bits, the widest that are offered
-    /// to a guest.
-    pub const ADDRESS_END: u64 = 1 << 46;
+    /// Bits of a guest-physical address, if RAM does not need more ([`physical_bits`]). OVMF maps all
+    /// that they reach, some builds in pages of 2 MiB: with 46 bits that is 256 MiB of page tables.
+    const PHYSICAL_BITS: u8 = 39;
+
+    /// Bits of a guest-physical address with RAM up to `ram_end`, which leave as much for PCI.
+    pub const fn physical_bits(ram_end: u64) -> u8 {
+        let needed = (2 * ram_end).next_power_of_two().trailing_zeros() as u8;
+        if needed > PHYSICAL_BITS {
+            needed
+        } else {
+            PHYSICAL_BITS
+        }
+    }
 }

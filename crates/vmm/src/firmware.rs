@@ -17,6 +17,7 @@ use pyrite_devices::fw_cfg::{self, FwCfg, FwCfgError};
 use pyrite_devices::pci_host::{EcamBase, Q35_ECAM_BYTES, Windows};
 use pyrite_devices::storage::floppy::DriveKind;
 use pyrite_devices::uart::SerialBackend;
+use pyrite_engine::CpuidTable;
 use pyrite_mem::{FIRMWARE_LOW_RAM_END, GuestMemory, HIGH_RAM_START};
 use pyrite_vdev::bus::lock;
 
@@ -74,6 +75,14 @@ fn read_image(field: &str, path: &Path) -> Result<Vec<u8>, SpecError> {
         return Err(fail("the file changed while it was read".into()));
     }
     Ok(bytes)
+}
+
+/// Whether distributions name an image so that is built to need system management mode. Nothing in
+/// the image says it: all of it but the reset vector is compressed.
+fn needs_smm(code: &Path) -> bool {
+    let path = std::fs::canonicalize(code).unwrap_or_else(|_| code.to_owned());
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.to_lowercase().contains("secboot")
 }
 
 /// Reads code and template; says what is wrong with them.
@@ -174,6 +183,13 @@ impl Firmware {
     /// Opens the files; makes that of the variables.
     pub fn open(spec: &FirmwareSpec) -> Result<Firmware, SpecError> {
         let (code, template) = read_images(spec)?;
+        if needs_smm(&spec.code) {
+            tracing::warn!(
+                "{} wants system management mode, which this machine does not have, and will \
+                 probably not start; OVMF_CODE_4M.fd with the same variables has secure boot too",
+                spec.code.display()
+            );
+        }
         let vars = match (template, &spec.vars) {
             (None, _) => None,
             (Some(t), None) => {
@@ -296,22 +312,28 @@ impl Firmware {
     }
 }
 
+/// End of RAM, or of the addresses below 4 GiB if that is more.
+fn ram_end(memory: &GuestMemory) -> u64 {
+    let ends = memory.regions().iter().map(|r| r.gpa + r.size_bytes);
+    ends.fold(HIGH_RAM_START, u64::max)
+}
+
+/// The processor as a guest sees it that starts with firmware.
+pub fn limit_cpuid(cpuid: &mut CpuidTable, memory_bytes: u64) {
+    // Where RAM ends if all that is below 4 GiB is elsewhere.
+    let end = HIGH_RAM_START.saturating_add(memory_bytes);
+    cpuid.limit_physical_bits(board::physical_bits(end));
+}
+
 /// Where PCI functions may decode.
 pub(crate) fn windows(memory: &GuestMemory) -> Windows {
-    let start = HIGH_RAM_START.max(
-        memory
-            .regions()
-            .iter()
-            .map(|r| r.gpa + r.size_bytes)
-            .max()
-            .unwrap_or(0),
-    );
+    let start = ram_end(memory);
     Windows {
         mem32: (
             FIRMWARE_LOW_RAM_END,
             u64::from(IOAPIC_ADDR) - FIRMWARE_LOW_RAM_END,
         ),
-        mem64: (start, board::ADDRESS_END - start),
+        mem64: (start, (1 << board::physical_bits(start)) - start),
         io: (
             u64::from(board::PCI_IO_START),
             0x1_0000 - u64::from(board::PCI_IO_START),

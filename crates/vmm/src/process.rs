@@ -139,8 +139,14 @@ fn assemble(
                 .map_err(|e| AssemblyError::Input(vec![SpecError::new("restore", e)]))?;
             cpuid
         }
-        None => engines::guest_cpuid(engine, &spec.cpu_model, spec.cpus)
-            .map_err(|e| AssemblyError::Input(vec![SpecError::new("cpu_model", e)]))?,
+        None => {
+            let mut cpuid = engines::guest_cpuid(engine, &spec.cpu_model, spec.cpus)
+                .map_err(|e| AssemblyError::Input(vec![SpecError::new("cpu_model", e)]))?;
+            if spec.boot.firmware.is_some() {
+                crate::firmware::limit_cpuid(&mut cpuid, spec.memory_bytes);
+            }
+            cpuid
+        }
     };
     let (sender, events) = run::queue();
     let guest = GuestRequests::new(sender.clone());

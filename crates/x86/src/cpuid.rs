@@ -89,6 +89,14 @@ impl CpuidTable {
             .is_some_and(|e| e.register(f.register) >> f.bit & 1 != 0)
     }
 
+    /// Says that physical addresses have at most this many bits (leaf 8000_0008H, EAX 7:0; Intel SDM
+    /// Vol. 2A table 3-8). A guest that is told less than there is uses less.
+    pub fn limit_physical_bits(&mut self, bits: u8) {
+        for e in self.entries.iter_mut().filter(|e| e.leaf == 0x8000_0008) {
+            e.eax = e.eax & !0xff | (e.eax & 0xff).min(u32::from(bits));
+        }
+    }
+
     /// What the CPUID instruction returns on a vCPU: the table with the fields of that vCPU.
     /// Leaves that do not exist read as zero.
     pub fn answer(&self, leaf: u32, subleaf: u32, v: &VcpuView) -> CpuidEntry {

@@ -203,3 +203,30 @@ fn linked_tables_are_right_wherever_they_are_put() {
         assert_eq!(size(odd), tables.len(), "{odd:x?}");
     }
 }
+
+#[test]
+fn pci_has_room_within_what_the_processor_addresses() {
+    // All that is allowed; the processor is told before there is memory.
+    for (ram_end, bits) in [(1 << 32, 39), (256 << 30, 39), ((8 << 40) + (4 << 30), 45)] {
+        assert_eq!(board::physical_bits(ram_end), bits);
+        assert!((1 << bits) - ram_end >= ram_end);
+    }
+    let mut cpuid = crate::engines::guest_cpuid(crate::engines::Engine::Soft, "host", 1).unwrap();
+    limit_cpuid(&mut cpuid, 512 << 20);
+    assert_eq!(cpuid.get(0x8000_0008, 0).unwrap().eax & 0xff, 39);
+    let memory = GuestMemory::with_rom(64 << 20, &[0; 4096]).unwrap();
+    let (start, len) = windows(&memory).mem64;
+    assert_eq!((start, start + len), (HIGH_RAM_START, 1 << 39));
+}
+
+#[test]
+fn builds_that_need_management_mode_are_known_by_their_name() {
+    let dir = std::env::temp_dir().join(format!("pyrite-secboot-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (build, link) = (dir.join("X_CODE.secboot.fd"), dir.join("X_CODE.ms.fd"));
+    std::fs::write(&build, "").unwrap();
+    std::os::unix::fs::symlink(&build, &link).unwrap();
+    assert!(needs_smm(&build) && needs_smm(&link));
+    assert!(!needs_smm(&dir.join("X_CODE.fd")));
+    std::fs::remove_dir_all(&dir).unwrap();
+}

@@ -129,6 +129,12 @@ fn check(spec: &str, g: &GuestCpuid, vcpus: u32) {
     assert!(1u32 << core.eax >= vcpus);
     let bits = t.get(0x8000_0008, 0).unwrap().eax;
     assert_eq!(bits & 0xff, 46);
+    for (limit, left) in [(39, 39), (52, 46)] {
+        let mut t = t.clone();
+        t.limit_physical_bits(limit);
+        let limited = t.get(0x8000_0008, 0).unwrap().eax;
+        assert_eq!(limited, bits & !0xff | left, "{spec}");
+    }
     assert_eq!(t.get(0xa, 0), None, "no performance counters");
     let d = t.get(0xd, 0).copied().unwrap_or_default();
     assert_eq!(d.edx, 0);
