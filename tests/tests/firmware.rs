@@ -1,7 +1,7 @@
 //! Firmware of the host's distribution on the software engine: SeaBIOS boots from disks, through GRUB,
 //! to a Debian kernel.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
