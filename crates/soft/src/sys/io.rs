@@ -16,8 +16,16 @@ use crate::vcpu::SoftVcpu;
 /// LIMIT: iterations of a repeated INS or OUTS per step, so that interrupts are taken in between.
 const REP_MAX: u64 = 1024;
 
-/// #GP(0) unless the program may use `size` ports from `port`. Intel SDM Vol. 1 §19.5.
+/// #GP(0) unless the program may use `size` ports from `port`; the breakpoints that it meets there
+/// are noted. Intel SDM Vol. 1 §19.5.
 fn check(v: &mut SoftVcpu, port: u16, size: usize) -> Result<(), Exception> {
+    permitted(v, port, size)?;
+    v.pending_dr6 |= debug::io_breakpoints(&v.frame.cpu, port, size);
+    Ok(())
+}
+
+/// #GP(0) unless the program may use `size` ports from `port`.
+fn permitted(v: &mut SoftVcpu, port: u16, size: usize) -> Result<(), Exception> {
     let c = &v.frame.cpu;
     let free = c.cr0 & cr0::PE == 0 || (!v.v86() && c.cpl() <= v.iopl());
     if !free {
@@ -38,7 +46,6 @@ fn check(v: &mut SoftVcpu, port: u16, size: usize) -> Result<(), Exception> {
             return Err(gp);
         }
     }
-    v.pending_dr6 |= debug::io_breakpoints(&v.frame.cpu, port, size);
     Ok(())
 }
 
@@ -112,6 +119,8 @@ pub fn string(v: &mut SoftVcpu, i: &Instruction, size: usize) -> Result<Next, Ex
         1
     };
     if left == 0 {
+        // The right to the port is asked for even so.
+        permitted(v, port, size)?;
         return Ok(Next::Sequential);
     }
     check(v, port, size)?;

@@ -145,7 +145,8 @@ fn one_form(
         found = true;
         let i = gen_::decoded(mode, &insn.bytes);
         prepare(&i, &mut start, r);
-        announced = guests[0].vcpu().interp.allows(&i);
+        // Without its announcement WBNOINVD is WBINVD: the prefix means nothing.
+        announced = guests[0].vcpu().interp.allows(&i) || code == Code::Wbnoinvd;
         let mut seq = Sequence {
             mode,
             at: *place,

@@ -36,7 +36,7 @@ const END_GPA: u64 = 0x40000;
 const END_PD: u64 = 0xe000;
 const END_PT: u64 = 0xf000;
 /// The port that ends a run.
-const PORT: u8 = 0xf4;
+pub const PORT: u8 = 0xf4;
 
 /// Stops the vCPU at a write to [`PORT`].
 #[derive(Default)]
