@@ -35,6 +35,7 @@ pub const FULL: &[&str] = &[
     "perl-modules-5.36",
     "openssl",
     "curl",
+    "netbase",
     "xz-utils",
     "bzip2",
     "make",

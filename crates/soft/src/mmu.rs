@@ -221,9 +221,16 @@ impl SoftVcpu {
         // SAFETY: read_offset proved that the page is inside the mapping.
         let host_page = unsafe { self.vm.memory.host_base().add(off as usize) };
         let flags = self.vm.memory.page_flags(off);
+        let logged = flags.load(Ordering::Relaxed) & PAGE_DIRTY_LOGGED != 0;
+        // A page that is dirty already may as well be written from now on: one walk less.
+        let store = kind == AccessKind::Write
+            || t.writable
+                && t.dirty
+                && !logged
+                && memory.write_offset(page_gpa, PAGE_SIZE) == Some(off);
         let mut may_write = false;
-        if kind == AccessKind::Write {
-            if flags.load(Ordering::Relaxed) & PAGE_DIRTY_LOGGED != 0 {
+        if store {
+            if logged {
                 self.vm.memory.log_dirty(off / PAGE_SIZE);
             }
             // Say "cached" first, look for code second: a translator sets "code" first and looks

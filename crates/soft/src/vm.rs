@@ -51,6 +51,8 @@ pub struct SoftOptions {
     pub move_blocks: bool,
     /// Most guest instructions of a block.
     pub block_insns_max: usize,
+    /// Most conditional branches behind which a block goes on.
+    pub branches_max: usize,
     /// Keep even flags exact that no later instruction reads, at every memory access.
     pub precise_flags: bool,
     /// Size of the code cache per vCPU, in bytes. Memory is taken as it fills. One that is too small
@@ -67,6 +69,7 @@ impl Default for SoftOptions {
             share_checks: true,
             move_blocks: true,
             block_insns_max: 64,
+            branches_max: 5,
             precise_flags: false,
             code_cache_bytes: 64 << 20,
         }

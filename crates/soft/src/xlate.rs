@@ -153,16 +153,16 @@ impl Translator {
         let hot = &mut frame.hot;
         hot.tlb_mask = (TLB_ENTRIES as u64 - 1) << 12;
         hot.jc_mask = JC_MASK;
-        hot.stub_stack = stubs::stack as *const () as u64;
+        hot.stub_run = stubs::run as *const () as u64;
         hot.stub_slow = stubs::slow as *const () as u64;
-        hot.stub_fpu = stubs::fpu_load as *const () as u64;
         hot.stub_link = stubs::link as *const () as u64;
         hot.stub_poll = stubs::poll as *const () as u64;
-        hot.stub_moved = stubs::moved as *const () as u64;
         let x = &mut frame.xlate;
         x.xsave_mask = host_xsave_mask();
         x.mxcsr_host = 0x1f80;
         x.stub_exit = stubs::exit as *const () as u64;
+        x.stub_fpu = stubs::fpu_load as *const () as u64;
+        x.stub_moved = stubs::moved as *const () as u64;
         x.stub_miss = stubs::misses(fast_pext());
         x.jc2_mask = JC2_ENTRIES as u64 - 1;
         x.canonical_mask = !0 << 47;
@@ -173,9 +173,7 @@ impl Translator {
         for (view, jc) in x.jump_cache.iter_mut().enumerate() {
             jc.fill(x.stub_miss[view]);
         }
-        for jc in &mut x.jump_cache2 {
-            jc.fill(stubs::no_jump());
-        }
+        x.jump_cache2.fill(stubs::no_jump());
         Ok(Translator {
             cache,
             tools: Tools::new(),
@@ -392,8 +390,8 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
             let cached = &mut frame.jump_cache[view][jump_slot(linear_rip)];
             let known = std::mem::replace(cached, checked);
             let miss = frame.stub_miss[view];
-            frame.jump_cache2[view][jump_slot2(linear_rip)] = JumpEntry {
-                not_rip: !linear_rip,
+            frame.jump_cache2[jump_slot2(linear_rip)] = JumpEntry {
+                tag: JumpEntry::tag(linear_rip, view),
                 host: checked,
             };
             v.xlate.stats.jump_conflicts += u64::from(known != checked && known != miss);
@@ -635,10 +633,8 @@ fn forget_target(v: &mut SoftVcpu, id: u32) {
             cache[slot] = frame.stub_miss[view];
         }
     }
-    for cache in &mut frame.jump_cache2 {
-        if cache[slot2].host == at {
-            cache[slot2] = stubs::no_jump();
-        }
+    if frame.jump_cache2[slot2].host == at {
+        frame.jump_cache2[slot2] = stubs::no_jump();
     }
 }
 
@@ -974,7 +970,5 @@ pub fn drop_everything(v: &mut SoftVcpu) {
     for (view, cache) in frame.jump_cache.iter_mut().enumerate() {
         cache.fill(frame.stub_miss[view]);
     }
-    for cache in &mut frame.jump_cache2 {
-        cache.fill(stubs::no_jump());
-    }
+    frame.jump_cache2.fill(stubs::no_jump());
 }

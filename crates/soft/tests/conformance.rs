@@ -59,9 +59,10 @@ fn translator_with_a_tiny_cache_conforms() {
 }
 
 #[test]
-fn translator_without_runs_and_moves_conforms() {
+fn translator_without_runs_moves_and_long_blocks_conforms() {
     conforms(&SoftOptions {
         share_checks: false,
+        branches_max: 0,
         move_blocks: false,
         ..SoftOptions::default()
     });

@@ -14,6 +14,7 @@ use pyrite_mem::SharedMemory;
 
 use super::code_tlb::PageCheck;
 use super::emit::Reloc;
+use super::front::LOOKED_MAX;
 
 /// What makes a translation reusable: where the code is, how it is addressed, in which mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -90,7 +91,7 @@ pub struct Block {
     /// Number of guest bytes.
     pub guest_len: u32,
     /// Other parts of the page that the translation depends on: offset and length in bytes.
-    pub looked: [(u16, u16); 2],
+    pub looked: [(u16, u16); LOOKED_MAX],
     /// Guest instructions.
     pub insns: u32,
     /// Host offset from `start` at which each guest instruction begins, with its guest offset.

@@ -29,11 +29,7 @@ pub unsafe extern "sysv64" fn slow_memory(
     v.xlate.stats.slow_memory += 1;
     let size = size as usize;
     let write = bits & u32::from(stubs::WRITE) != 0;
-    let view = match bits >> stubs::VIEW_SHIFT & 3 {
-        0 => View::Supervisor,
-        1 => View::SupervisorSmap,
-        _ => View::User,
-    };
+    let view = view_of(bits);
     // A non-canonical address and every fault are left to the interpreter, which knows the exact
     // exception of the instruction.
     if (!v.long64() || v.canonical(lin)) && v.refill(lin, size, write, view) == Ok(true) {
@@ -48,6 +44,30 @@ pub unsafe extern "sysv64" fn slow_memory(
         v.xlate.trap = Some(trap);
     }
     1
+}
+
+/// Called by the run stub: makes the soft TLB able to serve a run of accesses, if that changes nothing
+/// that the guest can see but accessed flags: pages that must become dirty are left to the accesses
+/// themselves. 0 = it cannot.
+pub unsafe extern "sysv64" fn refill_run(frame: *mut Frame, lin: u64, span: u32, bits: u32) -> u32 {
+    // SAFETY: as in `slow_memory`.
+    let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
+    v.xlate.stats.slow_memory += 1;
+    let view = view_of(bits);
+    let write = bits & u32::from(stubs::WRITE) != 0;
+    let refilled = (!v.long64() || v.canonical(lin))
+        && v.refill(lin, span as usize, false, view) == Ok(true)
+        && v.hit(lin, span as usize, view, write).is_some();
+    u32::from(refilled)
+}
+
+/// The view in a stub's [`stubs::bits`].
+fn view_of(bits: u32) -> View {
+    match bits >> stubs::VIEW_SHIFT & 3 {
+        0 => View::Supervisor,
+        1 => View::SupervisorSmap,
+        _ => View::User,
+    }
 }
 
 impl SoftVcpu {
@@ -126,6 +146,10 @@ pub unsafe extern "sysv64" fn step_and_jump(frame: *mut Frame) -> u64 {
     if to != frame.stub_miss[view] {
         return to;
     }
-    let JumpEntry { not_rip, host } = frame.jump_cache2[view][jump_slot2(rip)];
-    if not_rip == !rip { host } else { 0 }
+    let JumpEntry { tag, host } = frame.jump_cache2[jump_slot2(rip)];
+    if tag == JumpEntry::tag(rip, view) {
+        host
+    } else {
+        0
+    }
 }

@@ -19,7 +19,7 @@ mod flags;
 mod flow;
 mod liveness;
 mod operand;
-mod stack;
+mod runs;
 mod system;
 
 use iced_x86::{
@@ -28,7 +28,8 @@ use iced_x86::{
 };
 
 use self::classify::{
-    Fpu, ends_block, fpu_kind, is_hint, may_keep_flags, stack_op, uses_mask, uses_vector,
+    Fpu, condition, ends_block, fpu_kind, goes_on_behind, is_hint, may_keep_flags, stack_op,
+    uses_mask, uses_vector,
 };
 use self::liveness::flags_read;
 use super::cache::{Block, BlockKey, Exit, OtherEntries};
@@ -48,6 +49,10 @@ const ARITH: u32 = RflagsBits::OF
 const SP: usize = 4;
 /// LIMIT: guest instructions of a block, whatever the options say.
 const INSNS_MAX: usize = 64;
+/// LIMIT: conditional branches behind which a block goes on, whatever the options say.
+const BRANCHES_MAX: usize = 7;
+/// LIMIT: other parts of the page whose flags' liveness a block depends on.
+pub const LOOKED_MAX: usize = 6;
 const HOST_SP: u8 = 15;
 
 /// What the host CPU offers the emitter.
@@ -105,10 +110,9 @@ enum Cold {
         shadow: bool,
     },
     /// A run's check failed: look in the second level, or go on without runs.
-    Stack {
+    Run {
         at: Label,
         retry: Label,
-        disp: i32,
         span: u32,
         bits: u8,
         exit: usize,
@@ -133,8 +137,12 @@ struct Decoded {
     live: u32,
     /// It is left to the interpreter.
     refused: bool,
-    /// Its stack accesses are in a run, see `stack.rs`.
+    /// A conditional branch behind which the block goes on.
+    goes_on: bool,
+    /// Its stack accesses are in a run, see `runs.rs`.
     stack: bool,
+    /// Its operand is in a run of another base, whose distance is in this place.
+    run: Option<u8>,
     /// RSP before it, relative to the beginning of its segment.
     sp: i64,
 }
@@ -218,14 +226,14 @@ pub struct Front<'a> {
     options: &'a SoftOptions,
     host: HostFeatures,
     fpu_ready: bool,
-    /// T1 holds what `Hot::run_delta` does.
-    t1_delta: bool,
+    /// T1 holds what this place of `Hot::run_delta` does.
+    t1_run: Option<u8>,
     /// The flags are live, but in `Hot::flags`.
     flags_saved: bool,
     /// The instruction in hand leaves them there: see [`Front::is_quiet`].
     quiet: bool,
     /// Other parts of the page that the flags' liveness was read from: offset and length.
-    looked: [(u16, u16); 2],
+    looked: [(u16, u16); LOOKED_MAX],
     code64: bool,
     view: usize,
     id: u32,
@@ -397,10 +405,10 @@ impl<'a> Front<'a> {
             options,
             host,
             fpu_ready: false,
-            t1_delta: false,
+            t1_run: None,
             flags_saved: false,
             quiet: false,
-            looked: [(0, 0); 2],
+            looked: [(0, 0); LOOKED_MAX],
             code64: key.mode & mode::CODE64 != 0,
             view: (key.mode & mode::VIEW) as usize,
             id: place.id,
@@ -418,14 +426,14 @@ impl<'a> Front<'a> {
             polls,
         } = f.prologue(&list, &place);
         let mut map = Vec::with_capacity(list.len().max(1));
-        let checks = f.plan_stack(&mut list);
+        let checks = f.plan_runs(&mut list);
         let mut checks = checks.into_iter().peekable();
         let mut ended = false;
         let mut next_rip = key.rip;
         for (n, d) in list.iter().enumerate() {
             map.push((f.t.e.len() as u32, (d.i.ip() - key.rip) as u16));
             while let Some(c) = checks.next_if(|c| c.before == n) {
-                f.stack_check(c, d);
+                f.run_check(c, d);
             }
             next_rip = f.wrap_ip(d.i.next_ip());
             if f.one(d) {
@@ -504,6 +512,7 @@ impl<'a> Front<'a> {
         let bits = if self.code64 { 64 } else { 32 };
         let mut dec = Decoder::with_ip(bits, bytes, self.key.rip, self.host.decoder);
         list.clear();
+        let mut branches = self.options.branches_max.min(BRANCHES_MAX);
         while list.len() < insns_max.min(INSNS_MAX) && dec.can_decode() {
             let i = dec.decode();
             if i.is_invalid() {
@@ -514,13 +523,18 @@ impl<'a> Front<'a> {
             let exchange = bytes.get(at..).is_some_and(|b| is_exchange(&i, b));
             let refused = exchange || !allows(&i) || self.refuses(&i);
             let system = system::handles(&i, self.key.mode).is_some_and(system::System::ends_block);
-            let ends =
-                system || i.flow_control() != FlowControl::Next || (refused && ends_block(&i));
+            let goes_on = !refused && branches > 0 && goes_on_behind(&i);
+            branches -= usize::from(goes_on);
+            let ends = system
+                || (i.flow_control() != FlowControl::Next && !goes_on)
+                || (refused && ends_block(&i));
             list.push(Decoded {
                 i,
                 live: 0,
                 refused,
+                goes_on: false,
                 stack: false,
+                run: None,
                 sp: 0,
             });
             if ends {
@@ -536,7 +550,15 @@ impl<'a> Front<'a> {
             last.refused = true;
         }
         let mut live = self.live_after(list, page);
-        for d in list.iter_mut().rev() {
+        let last = list.len().saturating_sub(1);
+        for (n, d) in list.iter_mut().enumerate().rev() {
+            if n < last && d.i.is_jcc_short_or_near() {
+                // The flags at its target count as well.
+                d.goes_on = true;
+                if live != ARITH {
+                    live |= self.live_at(self.wrap_ip(d.i.near_branch_target()), page);
+                }
+            }
             if d.refused || system::handles(&d.i, self.key.mode).is_some() {
                 live = ARITH;
             } else {
@@ -765,12 +787,17 @@ impl<'a> Front<'a> {
             self.system(i, what, d.live != 0);
             return what.ends_block();
         }
+        if d.goes_on {
+            let target = self.wrap_ip(i.near_branch_target());
+            self.conditional_exit(condition(i), target);
+            return false;
+        }
         if i.flow_control() != FlowControl::Next {
             self.branch(d);
             return true;
         }
         if flags::handles(i, self.key.mode) {
-            self.t1_delta = false;
+            self.t1_run = None;
             self.flag_insn(d);
             return false;
         }
@@ -807,7 +834,7 @@ impl<'a> Front<'a> {
 
     /// What `stubs::step` needs to know.
     fn prepare_step(&mut self, i: &Instruction) {
-        self.t1_delta = false;
+        self.t1_run = None;
         let next = self.wrap_ip(i.next_ip());
         self.t.e.store_rip(layout::RIP, i.ip(), T0);
         self.t.e.store_rip(layout::EXPECTED, next, T0);
@@ -828,7 +855,7 @@ impl<'a> Front<'a> {
         if std::mem::replace(&mut self.fpu_ready, true) {
             return;
         }
-        self.t1_delta = false;
+        self.t1_run = None;
         if flags_live {
             self.t.e.store(layout::SAVE_RCX, 1);
             self.t.e.load32(1, layout::FPU_LIVE);
@@ -889,20 +916,18 @@ impl<'a> Front<'a> {
                     self.t.e.store_imm32(layout::REASON, reason::POLL);
                     self.t.e.jmp_frame(layout::STUB_EXIT);
                 }
-                Cold::Stack {
+                Cold::Run {
                     at,
                     retry,
-                    disp,
                     span,
                     bits,
                     exit,
                     stub,
                 } => {
-                    self.t.e.data(&disp.to_le_bytes());
                     self.t.e.data(&[span as u8, bits]);
                     self.t.e.bind(at);
                     // Comes back after the first jump if that cannot serve the run.
-                    self.t.e.call_frame(layout::STUB_STACK);
+                    self.t.e.call_frame(layout::STUB_RUN);
                     self.t.e.jmp(retry);
                     if bits & crate::xlate::stubs::FLAGS_SAVED != 0 {
                         self.t.e.restore_flags_by(T0);

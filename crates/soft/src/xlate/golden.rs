@@ -39,6 +39,14 @@ const SEQUENCES: &[(&str, &[u8])] = &[
             0x8b, 0x03, 0x8b, 0x53, 4, 0x89, 0x43, 8, 0x31, 0xc9, 0xeb, 0xf0,
         ],
     ),
+    // a block that goes on behind a branch: test rdi, rdi; je +16; mov eax, [rdi + 8];
+    // add eax, [rdi + 16]; mov [rdi + 24], eax; ret
+    (
+        "guarded-fields",
+        &[
+            0x48, 0x85, 0xff, 0x74, 16, 0x8b, 0x47, 8, 0x03, 0x47, 16, 0x89, 0x47, 24, 0xc3,
+        ],
+    ),
     // push rbp; push rbx; sub rsp, 24; mov [rsp + 8], rdi; call +100
     (
         "function-entry",
@@ -98,7 +106,9 @@ fn frame_names() -> Vec<(usize, &'static str)> {
         (layout::FPU_LIVE, "fpu_live"),
         (layout::TLB_MASK, "tlb_mask"),
         (layout::JC_MASK_AT, "jc_mask"),
-        (layout::RUN_DELTA, "run_delta"),
+        (layout::run_delta(0), "run_delta[0]"),
+        (layout::run_delta(1), "run_delta[1]"),
+        (layout::run_delta(2), "run_delta[2]"),
         (layout::CANONICAL_MASK, "canonical_mask"),
         (layout::STUB_EXIT, "stub_exit"),
         (layout::stub_miss(2), "stub_miss"),
@@ -106,7 +116,7 @@ fn frame_names() -> Vec<(usize, &'static str)> {
         (layout::STUB_FPU, "stub_fpu"),
         (layout::STUB_STEP, "stub_step"),
         (layout::STUB_STEP_JUMP, "stub_step_jump"),
-        (layout::STUB_STACK, "stub_stack"),
+        (layout::STUB_RUN, "stub_run"),
         (layout::STUB_LINK, "stub_link"),
         (layout::STUB_POLL, "stub_poll"),
         (layout::STUB_MOVED, "stub_moved"),

@@ -19,19 +19,27 @@ pub const CODE_SLOTS: usize = 1 << 16;
 /// above them. LIMIT: code in the first TiB is translated.
 pub const CODE_PAGE_BITS: u32 = 28;
 
-/// log2 of the entries of a second-level jump cache.
-pub const JC2_BITS: u32 = 15;
-/// Entries of a second-level jump cache.
+/// log2 of the entries of the second-level jump cache.
+pub const JC2_BITS: u32 = 17;
+/// Entries of the second-level jump cache.
 pub const JC2_ENTRIES: usize = 1 << JC2_BITS;
 
-/// An entry of a second-level jump cache.
+/// An entry of the second-level jump cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct JumpEntry {
-    /// The complement of the RIP.
-    pub not_rip: u64,
+    /// The complement of the RIP plus the view's number: see [`JumpEntry::tag`].
+    pub tag: u64,
     /// Host address of the checked entry.
     pub host: u64,
+}
+
+impl JumpEntry {
+    /// What the entry of a RIP in a view is known by. The entry of another view's neighbouring RIP
+    /// has the same; the checked entry there refuses it.
+    pub const fn tag(rip: u64, view: usize) -> u64 {
+        !rip.wrapping_add(view as u64)
+    }
 }
 
 /// The entry of a RIP in the second level: another fold than [`jump_slot`].
@@ -50,6 +58,9 @@ pub const fn jump_slot(rip: u64) -> usize {
 #[repr(C, align(64))]
 pub struct SplitOperand(pub [u8; 128]);
 
+/// Places for the distances of runs.
+pub const RUN_PLACES: usize = 3;
+
 /// The part of the [`Frame`] that emitted code touches all the time: it lies within the reach of a
 /// displacement of one byte, which keeps the code small.
 #[repr(C, align(64))]
@@ -57,7 +68,7 @@ pub struct Hot {
     /// PEXT mask for the soft-TLB slot.
     pub tlb_mask: u64,
     /// Host address less linear address, for the accesses of a run.
-    pub run_delta: u64,
+    pub run_delta: [u64; RUN_PLACES],
     /// [`crate::frame::EXIT_WANTED`]: leave translated code at the next poll; else 0. Set by any
     /// thread.
     pub exit_request: AtomicU32,
@@ -86,11 +97,7 @@ pub struct Hot {
     /// See `stub_slow`.
     pub stub_poll: u64,
     /// See `stub_slow`.
-    pub stub_moved: u64,
-    /// See `stub_slow`.
-    pub stub_stack: u64,
-    /// See `stub_slow`.
-    pub stub_fpu: u64,
+    pub stub_run: u64,
 }
 
 const _: () = assert!(size_of::<Hot>() == 128 && offset_of!(Frame, hot) == 0);
@@ -110,6 +117,10 @@ pub struct FrameArea {
     pub irq_waiting: u32,
     /// As `Hot::stub_slow`.
     pub stub_exit: u64,
+    /// See `stub_exit`.
+    pub stub_moved: u64,
+    /// See `stub_exit`.
+    pub stub_fpu: u64,
     /// See `stub_exit`.
     pub stub_miss: [u64; VIEWS],
     /// See `stub_exit`.
@@ -142,8 +153,8 @@ pub struct FrameArea {
     pub reserved: u32,
     /// Host addresses of checked entries, by view and [`jump_slot`].
     pub jump_cache: [[u64; JC_ENTRIES]; VIEWS],
-    /// The same, more of them, with their RIPs, by view and [`jump_slot2`]: where a miss looks.
-    pub jump_cache2: [[JumpEntry; JC2_ENTRIES]; VIEWS],
+    /// The same, more of them, of all views, by [`jump_slot2`]: where a miss looks.
+    pub jump_cache2: [JumpEntry; JC2_ENTRIES],
     /// The code TLB: for each page of linear addresses that code was translated from, which
     /// guest-physical page it is mapped to and in which mode; 0 = not known. See `code_tlb.rs`.
     pub code_tlb: [u32; CODE_SLOTS],
@@ -184,9 +195,12 @@ pub const fn fast(path: super::fast::Path) -> usize {
     X + offset_of!(FrameArea, fast) + 8 * path as usize
 }
 pub const SPLIT_AT: usize = X + offset_of!(FrameArea, split_at);
-pub const RUN_DELTA: usize = H + offset_of!(Hot, run_delta);
+/// Offset of a place of `Hot::run_delta`.
+pub const fn run_delta(place: u8) -> usize {
+    H + offset_of!(Hot, run_delta) + 8 * place as usize
+}
 pub const CANONICAL_MASK: usize = X + offset_of!(FrameArea, canonical_mask);
-pub const STUB_STACK: usize = H + offset_of!(Hot, stub_stack);
+pub const STUB_RUN: usize = H + offset_of!(Hot, stub_run);
 pub const TSC_OFFSET_AT: usize = X + offset_of!(FrameArea, tsc_offset_at);
 pub const CR4: usize = C + offset_of!(CpuState, cr4);
 pub const EFER: usize = C + offset_of!(CpuState, efer);
@@ -231,7 +245,7 @@ pub const EXIT_REQUEST: usize = H + offset_of!(Hot, exit_request);
 pub const SAVE_RAX: usize = H + offset_of!(Hot, save_rax);
 pub const STUB_LINK: usize = H + offset_of!(Hot, stub_link);
 pub const STUB_POLL: usize = H + offset_of!(Hot, stub_poll);
-pub const STUB_MOVED: usize = H + offset_of!(Hot, stub_moved);
+pub const STUB_MOVED: usize = X + offset_of!(FrameArea, stub_moved);
 pub const LEFT_AT: usize = X + offset_of!(FrameArea, left_at);
 pub const FLAGS: usize = H + offset_of!(Hot, flags);
 pub const HOST_RSP: usize = X + offset_of!(FrameArea, host_rsp);
@@ -249,12 +263,10 @@ pub const STUB_EXIT: usize = X + offset_of!(FrameArea, stub_exit);
 pub const fn stub_miss(view: usize) -> usize {
     X + offset_of!(FrameArea, stub_miss) + 8 * view
 }
-/// Offset of a second-level jump cache.
-pub const fn jump_cache2(view: usize) -> usize {
-    X + offset_of!(FrameArea, jump_cache2) + view * JC2_ENTRIES * size_of::<JumpEntry>()
-}
+/// Offset of the second-level jump cache.
+pub const JUMP_CACHE2: usize = X + offset_of!(FrameArea, jump_cache2);
 pub const STUB_SLOW: usize = H + offset_of!(Hot, stub_slow);
-pub const STUB_FPU: usize = H + offset_of!(Hot, stub_fpu);
+pub const STUB_FPU: usize = X + offset_of!(FrameArea, stub_fpu);
 pub const STUB_STEP: usize = X + offset_of!(FrameArea, stub_step);
 pub const STUB_STEP_JUMP: usize = X + offset_of!(FrameArea, stub_step_jump);
 pub const EXPECTED: usize = X + offset_of!(FrameArea, expected);

@@ -205,7 +205,7 @@ macro_rules! miss_in {
                 "pext r11, r11, [rsp + {mask2}]",
                 "lea r11, [r11 + r11]",
                 "mov rcx, [rsp + r11*8 + {jump2}]",
-                "lea rcx, [rcx + r10 + 1]",
+                "lea rcx, [rcx + r10 + 1 + {view}]",
                 "jrcxz 2f",
                 "mov rcx, [rsp + {save}]",
                 "jmp {miss}",
@@ -220,7 +220,8 @@ macro_rules! miss_in {
                 save = const layout::SAVE_RCX, miss = sym miss,
                 bits = const layout::JC_BITS, bits2 = const layout::JC2_BITS + 5,
                 mask = const layout::JC_MASK_AT, mask2 = const layout::JC2_MASK_AT,
-                jump = const layout::jump_cache($view), jump2 = const layout::jump_cache2($view),
+                jump = const layout::jump_cache($view), jump2 = const layout::JUMP_CACHE2,
+                view = const $view,
             )
         }
     };
@@ -230,11 +231,11 @@ miss_in!(miss0, 0);
 miss_in!(miss1, 1);
 miss_in!(miss2, 2);
 
-/// What the second-level jump caches are empty with: whoever asks for the last address goes to the
+/// What the second-level jump cache is empty with: whoever asks for the last address goes to the
 /// run loop.
 pub fn no_jump() -> layout::JumpEntry {
     layout::JumpEntry {
-        not_rip: 0,
+        tag: 0,
         host: miss as *const () as u64,
     }
 }
@@ -326,6 +327,76 @@ pub fn bits(write: bool, view: usize, flags_saved: bool) -> u8 {
     (if write { WRITE } else { 0 }) | (view as u8) << VIEW_SHIFT | saved
 }
 
+/// The linear address whose check failed, to R10: `slow` and `run` find it there less its tag, and in R11 the slot.
+/// ECX = [`bits`]; makes RAX the view's soft TLB.
+macro_rules! linear_address {
+    () => {
+        concat!(
+            "mov eax, ecx\n",
+            "shr eax, {view_shift}\n",
+            "and eax, 3\n",
+            "imul eax, eax, {tlb_size}\n",
+            "lea rax, [rsp + rax + 8 + {tlb}]\n",
+            "test cl, {write_bit}\n",
+            "jnz 1f\n",
+            "xor r10, [rax + r11*8 + {read}]\n",
+            "jmp 3f\n",
+            "1:\n",
+            "xor r10, [rax + r11*8 + {write}]\n",
+            "3:\n",
+        )
+    };
+}
+
+/// Copies the entry of R10's page from the second level to the first, whose address is in RAX; goes to label 8 if there is
+/// none that serves. CL = [`bits`], R11D = bytes of the access. Uses RBX, RCX, RDX, R10 and R11.
+macro_rules! from_second_level {
+    () => {
+        concat!(
+            // The second level: RDX = slot there, RAX = the view's TLB, CL = bits.
+            "mov edx, r10d\n",
+            "and edx, 4095\n",
+            "add edx, r11d\n",
+            "cmp edx, 4096\n",
+            "ja 8f\n",
+            "mov rdx, r10\n",
+            "mov rbx, r10\n",
+            "shr rdx, 12\n",
+            "shr rbx, 12 + {tlb_bits}\n",
+            "xor edx, ebx\n",
+            "and edx, {slots}\n",
+            "mov rbx, r10\n",
+            "and rbx, -4096\n",
+            "test cl, {write_bit}\n",
+            "lea rcx, [rax + {to_tlb2}]\n",
+            "jnz 6f\n",
+            "cmp rbx, [rcx + rdx*8 + {read}]\n",
+            "jne 8f\n",
+            "jmp 7f\n",
+            "6:\n",
+            "cmp rbx, [rcx + rdx*8 + {write}]\n",
+            "jne 8f\n",
+            "7:\n",
+            "shr r10, 12\n",
+            "and r10d, {slots}\n",
+            "mov [rax + r10*8 + {read}], rbx\n",
+            "mov r11, rbx\n",
+            "mov rbx, [rcx + rdx*8 + {host}]\n",
+            "mov [rax + r10*8 + {host}], rbx\n",
+            "sub rbx, r11\n",
+            "mov [rax + r10*8 + {delta}], rbx\n",
+            "mov rbx, [rcx + rdx*8 + {write}]\n",
+            "cmp rbx, 1\n",
+            "jne 9f\n",
+            "mov rbx, r10\n", // the empty tag of the first level
+            "xor rbx, 1\n",
+            "shl rbx, 12\n",
+            "9:\n",
+            "mov [rax + r10*8 + {write}], rbx\n",
+        )
+    };
+}
+
 /// Soft-TLB miss. Called with R11 = slot and R10 = linear address XOR the slot's tag. Before the
 /// call stand three bytes: the distance from the check to what follows it, the operand's size, and
 /// [`bits`]; after it a jump (5 bytes) to the check.
@@ -350,60 +421,9 @@ pub unsafe extern "sysv64" fn slow() {
         "jnz 2f",
         "mov [rsp + 8 + {flags}], rax",
         "2:",
-        // The linear address again.
-        "mov eax, ecx",
-        "shr eax, {view_shift}",
-        "and eax, 3",
-        "imul eax, eax, {tlb_size}",
-        "lea rax, [rsp + rax + 8 + {tlb}]",
-        "test cl, {write_bit}",
-        "jnz 1f",
-        "xor r10, [rax + r11*8 + {read}]",
-        "jmp 3f",
-        "1:",
-        "xor r10, [rax + r11*8 + {write}]",
-        "3:",
+        linear_address!(),
         "movzx r11d, byte ptr [rbx - {call} - 2]", // size
-        // The second level: RDX = slot there, RAX = the view's TLB, CL = bits.
-        "mov edx, r10d",
-        "and edx, 4095",
-        "add edx, r11d",
-        "cmp edx, 4096",
-        "ja 8f",
-        "mov rdx, r10",
-        "mov rbx, r10",
-        "shr rdx, 12",
-        "shr rbx, 12 + {tlb_bits}",
-        "xor edx, ebx",
-        "and edx, {slots}",
-        "mov rbx, r10",
-        "and rbx, -4096",
-        "test cl, {write_bit}",
-        "lea rcx, [rax + {to_tlb2}]",
-        "jnz 6f",
-        "cmp rbx, [rcx + rdx*8 + {read}]",
-        "jne 8f",
-        "jmp 7f",
-        "6:",
-        "cmp rbx, [rcx + rdx*8 + {write}]",
-        "jne 8f",
-        "7:",
-        "shr r10, 12",
-        "and r10d, {slots}",
-        "mov [rax + r10*8 + {read}], rbx",
-        "mov r11, rbx",
-        "mov rbx, [rcx + rdx*8 + {host}]",
-        "mov [rax + r10*8 + {host}], rbx",
-        "sub rbx, r11",
-        "mov [rax + r10*8 + {delta}], rbx",
-        "mov rbx, [rcx + rdx*8 + {write}]",
-        "cmp rbx, 1",
-        "jne 9f",
-        "mov rbx, r10", // the empty tag of the first level
-        "xor rbx, 1",
-        "shl rbx, 12",
-        "9:",
-        "mov [rax + r10*8 + {write}], rbx",
+        from_second_level!(),
         "mov rax, [rsp + 8 + {rax}]",
         "mov rcx, [rsp + 8 + {rcx}]",
         "mov rdx, [rsp + 8 + {rdx}]",
@@ -486,14 +506,14 @@ pub unsafe extern "sysv64" fn slow() {
     )
 }
 
-/// A run's check failed. Before the call stand six bytes: the run's first byte relative to RSP (32
-/// bits), its length, and [`bits`]; after it a jump (5 bytes) to the check. Returns to try again if
-/// the second level has the page, else after the jump.
+/// A run's check failed; R10 and R11 are as in `slow`. Before the call stand two bytes: the run's
+/// length, and [`bits`]; after it a jump (5 bytes) to the check. Returns to try again if the page
+/// can be had, else after the jump.
 ///
 /// # Safety
 /// Only from translated code.
 #[unsafe(naked)]
-pub unsafe extern "sysv64" fn stack() {
+pub unsafe extern "sysv64" fn run() {
     naked_asm!(
         "mov [rsp + 8 + {rax}], rax",
         "lahf",
@@ -507,40 +527,55 @@ pub unsafe extern "sysv64" fn stack() {
         "jnz 2f",
         "mov [rsp + 8 + {flags}], rax",
         "2:",
-        "movsxd r10, dword ptr [rbx - {call} - 6]",
-        "add r10, r15",
-        "movzx edx, byte ptr [rbx - {call} - 2]",
-        "mov eax, r10d",
-        "and eax, 4095",
-        "add eax, edx",
-        "cmp eax, 4096",
-        "ja 8f",
-        "mov rdx, r10",
-        "mov rax, r10",
-        "shr rdx, 12",
-        "shr rax, 12 + {tlb_bits}",
-        "xor edx, eax",
-        "and edx, {slots}",
-        "shr ecx, {view_shift}",
-        "and ecx, 3",
-        "imul eax, ecx, {tlb_size}",
-        "lea rcx, [rsp + rax + 8 + {tlb2}]",
-        "lea rax, [rsp + rax + 8 + {tlb}]",
-        "mov rbx, r10",
-        "and rbx, -4096",
-        "cmp rbx, [rcx + rdx*8 + {write}]",
-        "jne 8f",
-        "shr r10, 12",
-        "and r10d, {slots}",
-        "mov [rax + r10*8 + {read}], rbx",
-        "mov [rax + r10*8 + {write}], rbx",
-        "mov r11, rbx",
-        "mov rbx, [rcx + rdx*8 + {host}]",
-        "mov [rax + r10*8 + {host}], rbx",
-        "sub rbx, r11",
-        "mov [rax + r10*8 + {delta}], rbx",
+        linear_address!(),
+        "movzx r11d, byte ptr [rbx - {call} - 2]", // length
+        from_second_level!(),
         "jmp 9f",
         "8:",
+        "mov edx, r10d",
+        "and edx, 4095",
+        "add edx, r11d",
+        "cmp edx, 4096",
+        "ja 7f",
+        "mov [rsp + 8 + {rsp}], r15",
+        "mov [rsp + 8 + {rbp}], rbp",
+        "mov [rsp + 8 + {rsi}], rsi",
+        "mov [rsp + 8 + {rdi}], rdi",
+        "mov [rsp + 8 + {r8}], r8",
+        "mov [rsp + 8 + {r9}], r9",
+        "mov [rsp + 8 + {r12}], r12",
+        "mov [rsp + 8 + {r13}], r13",
+        "mov [rsp + 8 + {r14}], r14",
+        "cmp dword ptr [rsp + 8 + {live}], 0",
+        "je 3f",
+        "mov eax, [rsp + 8 + {mask}]",
+        "xor edx, edx",
+        "xsave64 [rsp + 8 + {xsave}]",
+        "ldmxcsr [rsp + 8 + {mxcsr}]",
+        "3:",
+        "mov rax, [rsp]",
+        "lea rbx, [rsp + 8]",
+        "mov rdi, rbx",
+        "mov rsi, r10",
+        "mov edx, r11d",
+        "movzx ecx, byte ptr [rax - {call} - 1]",
+        "mov rsp, [rbx + {host_rsp}]",
+        "call {refill_run}",
+        "lea rsp, [rbx - 8]",
+        "mov ebx, eax",
+        "cmp dword ptr [rsp + 8 + {live}], 0",
+        "je 4f",
+        "mov eax, [rsp + 8 + {mask}]",
+        "xor edx, edx",
+        "xrstor64 [rsp + 8 + {xsave}]",
+        "4:",
+        "mov rsi, [rsp + 8 + {rsi}]",
+        "mov rdi, [rsp + 8 + {rdi}]",
+        "mov r8, [rsp + 8 + {r8}]",
+        "mov r9, [rsp + 8 + {r9}]",
+        "test ebx, ebx",
+        "jnz 9f",
+        "7:",
         // To the instruction after the jump, whose length is 5.
         "add qword ptr [rsp], 5",
         "9:",
@@ -553,9 +588,16 @@ pub unsafe extern "sysv64" fn stack() {
         "mov rax, [rsp + 8 + {rax}]",
         "ret",
         flags = const layout::FLAGS, call = const super::front::STUB_CALL_BYTES,
-        saved = const FLAGS_SAVED, view_shift = const VIEW_SHIFT,
+        saved = const FLAGS_SAVED, write_bit = const WRITE, view_shift = const VIEW_SHIFT,
+        host_rsp = const layout::HOST_RSP, live = const layout::FPU_LIVE,
+        mask = const layout::XSAVE_MASK, xsave = const layout::XSAVE,
+        mxcsr = const layout::MXCSR_HOST, refill_run = sym super::callbacks::refill_run,
         rax = const gpr(0), rcx = const gpr(1), rdx = const gpr(2), rbx = const gpr(3),
-        tlb = const layout::tlb(0), tlb2 = const layout::TLB2, tlb_size = const layout::TLB_SIZE,
+        rsp = const gpr(4), rbp = const gpr(5), rsi = const gpr(6), rdi = const gpr(7),
+        r8 = const gpr(8), r9 = const gpr(9), r12 = const gpr(12), r13 = const gpr(13),
+        r14 = const gpr(14),
+        tlb = const layout::tlb(0), to_tlb2 = const layout::TLB2 - layout::tlb(0),
+        tlb_size = const layout::TLB_SIZE,
         tlb_bits = const crate::frame::TLB_BITS, slots = const crate::frame::TLB_ENTRIES - 1,
         read = const layout::TLB_READ, write = const layout::TLB_WRITE,
         host = const layout::TLB_HOST, delta = const layout::TLB_DELTA,

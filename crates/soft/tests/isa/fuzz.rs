@@ -39,7 +39,12 @@ fn unfit(code: Code, mode: Mode) -> bool {
     let far_away = |name: String| {
         name.ends_with("rel8_16") || name.ends_with("rel16") || name.contains("_rel8_16_")
     };
+    let op = code.op_code();
     gen_::takes_selectors(code)
+        // What is refused in any case ends a sequence early.
+        || op.is_privileged()
+        || op.must_be_cpl0()
+        || matches!(code.mnemonic(), In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd)
         || matches!(
             code.mnemonic(),
             Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64

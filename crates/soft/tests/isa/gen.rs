@@ -294,12 +294,6 @@ pub fn instruction(code: Code, r: &mut Rng, s: &Start, tries: usize) -> Option<I
             continue;
         }
         b.truncate(i.len());
-        if matches!(i.mnemonic(), Mnemonic::In | Mnemonic::Out)
-            && i.op_kinds().any(|k| k == OpKind::Immediate8)
-            && i.immediate8() == super::guest::PORT
-        {
-            continue; // the harness has a use for it
-        }
         // LIMIT: EVEX.X has no meaning with a general-purpose register in ModRM.rm, but with it
         // set and RSP named, a processor at hand reads RSP as before the last push.
         let ignored_x = op.encoding() == EncodingKind::EVEX
@@ -345,6 +339,12 @@ pub fn instruction(code: Code, r: &mut Rng, s: &Start, tries: usize) -> Option<I
         };
         if j.code() != code || j.len() != insn.bytes.len() {
             continue;
+        }
+        if matches!(j.mnemonic(), Mnemonic::In | Mnemonic::Out)
+            && j.op_kinds().any(|k| k == OpKind::Immediate8)
+            && j.immediate8() == super::guest::PORT
+        {
+            continue; // the harness has a use for it
         }
         if wild || hits(&j, s) {
             return Some(insn);

@@ -115,9 +115,10 @@ pub fn settings() -> Vec<(&'static str, SoftOptions)> {
             },
         ),
         (
-            "translator, no runs",
+            "translator, no runs, short blocks",
             SoftOptions {
                 share_checks: false,
+                branches_max: 0,
                 code_cache_bytes: 1 << 20,
                 ..d()
             },

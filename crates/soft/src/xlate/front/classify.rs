@@ -26,6 +26,12 @@ pub fn ends_block(i: &Instruction) -> bool {
         )
 }
 
+/// True for conditional branches behind which a block goes on: forward ones, which are as a rule
+/// not taken. One that goes back ends a loop.
+pub fn goes_on_behind(i: &Instruction) -> bool {
+    i.is_jcc_short_or_near() && i.near_branch_target() > i.ip()
+}
+
 /// Condition code of a Jcc.
 pub fn condition(i: &Instruction) -> u8 {
     use iced_x86::ConditionCode as C;

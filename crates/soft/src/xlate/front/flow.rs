@@ -63,7 +63,7 @@ impl Front<'_> {
     /// Where a push stores, checked.
     fn push_slot(&mut self, d: &Decoded, flags_live: bool) -> Address {
         if d.stack {
-            return self.in_run(-(self.slot() as i32));
+            return self.stack_in_run(-(self.slot() as i32));
         }
         self.push_check(flags_live)
     }
@@ -71,7 +71,7 @@ impl Front<'_> {
     /// Where a pop loads from, checked.
     fn pop_slot(&mut self, d: &Decoded, flags_live: bool) -> Address {
         if d.stack {
-            return self.in_run(0);
+            return self.stack_in_run(0);
         }
         self.pop_check(HOST_SP, flags_live)
     }
@@ -81,7 +81,7 @@ impl Front<'_> {
         if a.index != Some((T0, 0)) {
             return a;
         }
-        self.t1_delta = false;
+        self.t1_run = None;
         self.t.e.lea(T1, a, true);
         Address {
             base: Some(T1),
@@ -208,7 +208,7 @@ impl Front<'_> {
                 let (n, w) = (self.slot(), self.code64);
                 let to = if d.stack {
                     self.target_check_in_run(i.ip());
-                    self.in_run(-(n as i32))
+                    self.stack_in_run(-(n as i32))
                 } else {
                     self.check_with(n, true, true, |f| {
                         if w {
@@ -264,10 +264,8 @@ impl Front<'_> {
 
     /// A memory operand of the size of a stack slot that is read, checked.
     fn operand_slot(&mut self, d: &Decoded, flags_live: bool) -> Address {
-        if d.stack
-            && let Some((at, _)) = super::stack::operand(&d.i)
-        {
-            return self.in_run(at as i32);
+        if let Some((base, place)) = self.run_of_operand(d) {
+            return self.in_run(base, place, d.i.memory_displacement64() as i32);
         }
         self.check(&d.i, self.slot(), false, flags_live)
     }

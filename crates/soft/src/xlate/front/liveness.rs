@@ -27,24 +27,27 @@ impl Front<'_> {
         let target = self.wrap_ip(i.near_branch_target());
         match i.flow_control() {
             _ if last.refused || system::handles(&i, self.key.mode).is_some() => ARITH,
-            FlowControl::Next => self.live_at(next, page, 0),
-            FlowControl::UnconditionalBranch => self.live_at(target, page, 0),
+            FlowControl::Next => self.live_at(next, page),
+            FlowControl::UnconditionalBranch => self.live_at(target, page),
             FlowControl::ConditionalBranch => {
-                let live = self.live_at(next, page, 0);
+                let live = self.live_at(next, page);
                 if live == ARITH {
                     return ARITH;
                 }
-                live | self.live_at(target, page, 1)
+                live | self.live_at(target, page)
             }
             _ => ARITH,
         }
     }
 
     /// Arithmetic flags that code at `rip` may read before it writes them.
-    pub(super) fn live_at(&mut self, rip: u64, page: &[u8], n: usize) -> u32 {
+    pub(super) fn live_at(&mut self, rip: u64, page: &[u8]) -> u32 {
         /// LIMIT: instructions that are looked at.
         const AHEAD: usize = 6;
         let at = (rip & 0xfff) as usize;
+        let Some(free) = self.looked.iter().position(|l| l.1 == 0) else {
+            return ARITH;
+        };
         if (rip ^ self.key.rip) >> 12 != 0 || page.len() <= at || self.options.precise_flags {
             return ARITH;
         }
@@ -69,7 +72,7 @@ impl Front<'_> {
             }
         }
         if live | open != ARITH {
-            self.looked[n] = (at as u16, dec.position() as u16);
+            self.looked[free] = (at as u16, dec.position() as u16);
         }
         live | open
     }

@@ -66,21 +66,19 @@ impl Front<'_> {
                 let write = !matches!(u.access(), OpAccess::Read | OpAccess::CondRead);
                 (i.memory_size().size(), write)
             };
-            if d.stack
-                && let Some((at, _)) = super::stack::operand(&d.i)
-            {
+            if let Some((base, place)) = self.run_of_operand(d) {
                 let mut probe = i;
                 rewrite(&mut probe, &spilled, T0);
                 probe.set_segment_prefix(Register::None);
-                probe.set_memory_base(Register::R15);
+                probe.set_memory_base(reg_named(base, 8));
                 probe.set_memory_index(Register::R11);
                 probe.set_memory_index_scale(1);
-                probe.set_memory_displacement64(at as u64);
+                probe.set_memory_displacement64(d.i.memory_displacement64());
                 probe.set_memory_displ_size(1);
                 let Some(encoded) = self.t.e.encode(&probe) else {
                     return false;
                 };
-                self.in_run(0);
+                self.in_run(base, place, 0);
                 if let Some(&(g, _)) = spilled.first() {
                     self.t.e.load(T0, gpr(g));
                 }
@@ -114,7 +112,9 @@ impl Front<'_> {
         let Some(encoded) = self.t.e.encode(&probe) else {
             return false;
         };
-        self.t1_delta &= spilled.len() < 2;
+        if spilled.len() > 1 {
+            self.t1_run = None;
+        }
         for (n, &(g, _)) in spilled.iter().enumerate() {
             self.t.e.load(if n == 0 { T0 } else { T1 }, gpr(g));
         }
@@ -210,7 +210,7 @@ impl Front<'_> {
                 let h = match host_reg(g) {
                     Some(h) => h,
                     None => {
-                        self.t1_delta = false;
+                        self.t1_run = None;
                         self.t.e.load(T1, gpr(g));
                         T1
                     }
@@ -225,7 +225,7 @@ impl Front<'_> {
             _ => None,
         };
         if with_segment && let Some(s) = seg {
-            self.t1_delta = false;
+            self.t1_run = None;
             self.t.e.load(T1, layout::seg_base(s));
             let a = Address {
                 base: Some(dst),
@@ -255,7 +255,7 @@ impl Front<'_> {
         flags_live: bool,
         address: impl FnOnce(&mut Self),
     ) -> Address {
-        self.t1_delta = false;
+        self.t1_run = None;
         if flags_live && !self.flags_saved {
             self.t.e.save_flags_by(T0);
         }

@@ -71,7 +71,7 @@ impl System {
 impl Front<'_> {
     pub(super) fn system(&mut self, i: &Instruction, what: System, flags_live: bool) {
         let next = self.wrap_ip(i.next_ip());
-        self.t1_delta = false;
+        self.t1_run = None;
         match what {
             System::Call(path) => {
                 self.prepare_step(i);
