@@ -134,6 +134,9 @@ pub struct Translator {
     trap: Option<Trap>,
     /// Blocks that must poll at their entry because a backward jump leads there.
     must_poll: AddrMap<BlockKey, ()>,
+    /// Copies of instructions for operands in two pages, by the host address of what follows their
+    /// checks.
+    splits: AddrMap<u64, u64>,
     /// Counters.
     pub stats: XlateStats,
 }
@@ -161,6 +164,7 @@ impl Translator {
         x.xsave_mask = host_xsave_mask();
         x.mxcsr_host = 0x1f80;
         x.stub_exit = stubs::exit as *const () as u64;
+        x.stub_split_done = stubs::split_done as *const () as u64;
         x.stub_fpu = stubs::fpu_load as *const () as u64;
         x.stub_moved = stubs::moved as *const () as u64;
         x.stub_miss = stubs::misses(fast_pext());
@@ -186,6 +190,7 @@ impl Translator {
             moving: Vec::new(),
             trap: None,
             must_poll: AddrMap::default(),
+            splits: AddrMap::default(),
             stats: XlateStats::default(),
         })
     }
@@ -517,6 +522,35 @@ fn nowhere(at: u64) -> Trap {
 fn block_rip(v: &SoftVcpu, at: u64) -> Result<u64, Trap> {
     let b = v.xlate.cache.block_at(at).ok_or_else(|| nowhere(at))?;
     Ok(b.key.rip)
+}
+
+/// The copy of the instruction whose check ends at host address `done`, which works on a copied operand
+/// and then brings it home. `None`: there is no room.
+fn split_code(v: &mut SoftVcpu, done: u64) -> Option<u64> {
+    /// LIMIT: bytes of the copy besides the instruction.
+    const REST: usize = 16;
+    let t = &mut v.xlate;
+    let recent = &mut v.frame.xlate.splits[layout::split_slot(done)];
+    if let Some(&at) = t.splits.get(&done) {
+        *recent = [done, at];
+        return Some(at);
+    }
+    let base = t.cache.base();
+    let b = t.cache.block_at(done)?;
+    let off = (done - base) as u32 - b.start;
+    // The beginning of the next instruction.
+    let n = b.map.partition_point(|(h, _)| *h <= off);
+    let next = base + u64::from(b.start) + u64::from(b.map.get(n)?.0);
+    let code = t.cache.bytes(done, next)?;
+    if !t.cache.fits(code.len() + REST) {
+        return None;
+    }
+    let at = base + t.cache.free_at() as u64;
+    let copy = front::emit_split(&mut t.tools, at, code, next);
+    t.cache.append(copy);
+    t.splits.insert(done, at);
+    *recent = [done, at];
+    Some(at)
 }
 
 /// Gives a block the entries for jumps from other pages and through the jump cache. Cache offset of
@@ -965,6 +999,8 @@ pub fn drop_stale(v: &mut SoftVcpu, pages: Option<Vec<u64>>) {
 pub fn drop_everything(v: &mut SoftVcpu) {
     v.xlate.cache.clear();
     v.xlate.must_poll.clear();
+    v.xlate.splits.clear();
+    v.frame.xlate.splits.fill([0; 2]);
     v.xlate.code_tlb.clear(&mut v.frame.xlate.code_tlb);
     let frame = &mut v.frame.xlate;
     for (view, cache) in frame.jump_cache.iter_mut().enumerate() {

@@ -240,6 +240,18 @@ impl Cache {
         (!self.blocks[id as usize].dead).then_some(id)
     }
 
+    /// The code between two host addresses, if that is where code is.
+    pub fn bytes(&self, from: u64, to: u64) -> Option<&[u8]> {
+        let start = usize::try_from(from.checked_sub(self.base())?).ok()?;
+        let end = usize::try_from(to.checked_sub(self.base())?).ok()?;
+        if start > end || end > self.used {
+            return None;
+        }
+        // SAFETY: bounds checked; nothing writes while the reference lives, because that takes
+        // `&mut self`.
+        Some(unsafe { std::slice::from_raw_parts(self.rw.add(start), end - start) })
+    }
+
     /// The code of a block.
     pub fn code(&self, id: u32) -> &[u8] {
         let b = &self.blocks[id as usize];

@@ -8,21 +8,24 @@ use pyrite_mem::PAGE_SIZE;
 use pyrite_x86::bits::rflags;
 
 use super::layout::{JumpEntry, jump_slot, jump_slot2, reason};
-use super::{flags_from_lahf, flags_to_lahf, locate, mode, mode_of, run_loop_wanted, stubs};
+use super::{
+    flags_from_lahf, flags_to_lahf, locate, mode, mode_of, run_loop_wanted, split_code, stubs,
+};
 use crate::frame::{Frame, View};
 use crate::interp;
 use crate::mmu::Priv;
 use crate::vcpu::SoftVcpu;
 
 /// Called by the slow stub on a soft-TLB miss. `bits` and `size` are those of the access, `retry` is
-/// the host address of its check. 0 = try again, 1 = leave translated code, 2 = the operand was
-/// copied to `FrameArea::split`.
+/// the host address of its check, `done` that of what follows. 0 = try again, 1 = leave translated
+/// code, 2 = the operand was copied to `FrameArea::split`: go on at `FrameArea::split_resume`.
 pub unsafe extern "sysv64" fn slow_memory(
     frame: *mut Frame,
     lin: u64,
     size: u32,
     bits: u32,
     retry: u64,
+    done: u64,
 ) -> u32 {
     // SAFETY: `run` stored the vCPU's address and does not touch it while translated code runs.
     let v = unsafe { &mut *((*frame).xlate.vcpu as *mut SoftVcpu) };
@@ -36,6 +39,14 @@ pub unsafe extern "sysv64" fn slow_memory(
         return 0;
     }
     if !write && v.copy_split(lin, size) {
+        v.frame.xlate.split_resume = done;
+        return 2;
+    }
+    if bits & u32::from(stubs::SPLITTABLE) != 0
+        && v.split_store(lin, size, view)
+        && let Some(copy) = split_code(v, done)
+    {
+        v.frame.xlate.split_resume = copy;
         return 2;
     }
     v.frame.hot.reason = reason::INTERPRET;
@@ -89,6 +100,43 @@ impl SoftVcpu {
         split[at..at + size].copy_from_slice(bytes);
         let address = &raw const split[at] as u64;
         self.frame.xlate.split_at = address;
+        true
+    }
+}
+
+impl SoftVcpu {
+    /// Copies an operand that lies in two pages, and is to be stored to, to `FrameArea::split`, and
+    /// notes where its parts belong. False if it is in one page, not plain memory, or faults.
+    fn split_store(&mut self, lin: u64, size: usize, view: View) -> bool {
+        let first = (PAGE_SIZE - (lin & (PAGE_SIZE - 1))) as usize;
+        let next = lin.wrapping_add(first as u64);
+        let canonical = !self.long64() || (self.canonical(lin) && self.canonical(next));
+        let wraps = !self.long64() && next >> 32 != 0;
+        if first >= size || size > 64 || !canonical || wraps {
+            return false;
+        }
+        let rest = size - first;
+        if self.refill(next, rest, true, view) != Ok(true)
+            || self.refill(lin, first, true, view) != Ok(true)
+        {
+            return false;
+        }
+        let (Some(p1), Some(p2)) = (
+            self.hit(lin, first, view, true),
+            self.hit(next, rest, view, true),
+        ) else {
+            return false;
+        };
+        let x = &mut self.frame.xlate;
+        let at = (lin & 63) as usize;
+        let copy = &mut x.split.0[at..at + size];
+        // SAFETY: hits prove that both parts are in pages of guest RAM, which are not the frame.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p1, copy.as_mut_ptr(), first);
+            std::ptr::copy_nonoverlapping(p2, copy[first..].as_mut_ptr(), rest);
+        }
+        x.split_at = copy.as_ptr() as u64;
+        x.split_to = [p1 as u64, first as u64, p2 as u64, rest as u64];
         true
     }
 }

@@ -232,6 +232,8 @@ pub struct Front<'a> {
     flags_saved: bool,
     /// The instruction in hand leaves them there: see [`Front::is_quiet`].
     quiet: bool,
+    /// The instruction in hand can do its store in a copy of its operand.
+    splittable: bool,
     /// Other parts of the page that the flags' liveness was read from: offset and length.
     looked: [(u16, u16); LOOKED_MAX],
     code64: bool,
@@ -376,6 +378,17 @@ pub fn emit_entries(tools: &mut Tools, x: Entries) -> (&[u8], OtherEntries) {
     (e.finish(), others)
 }
 
+/// A copy, for host address `at`, of the part of an instruction that follows its check, which then has
+/// its operand brought home and goes on at `next`.
+pub fn emit_split<'t>(tools: &'t mut Tools, at: u64, code: &[u8], next: u64) -> &'t [u8] {
+    let e = &mut tools.e;
+    e.restart(at);
+    e.data(code);
+    e.call_frame(layout::STUB_SPLIT_DONE);
+    e.jmp_to(next);
+    e.finish()
+}
+
 impl<'a> Front<'a> {
     /// Translates the block at `bytes` (from the block's first byte, within its page). `page_bytes`:
     /// the whole page, or nothing.
@@ -408,6 +421,7 @@ impl<'a> Front<'a> {
             t1_run: None,
             flags_saved: false,
             quiet: false,
+            splittable: false,
             looked: [(0, 0); LOOKED_MAX],
             code64: key.mode & mode::CODE64 != 0,
             view: (key.mode & mode::VIEW) as usize,

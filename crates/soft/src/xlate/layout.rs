@@ -54,6 +54,14 @@ pub const fn jump_slot(rip: u64) -> usize {
     (rip.wrapping_add(rip.rotate_right(JC_BITS)) & JC_MASK) as usize
 }
 
+/// Entries of [`FrameArea::splits`].
+pub const SPLIT_SLOTS: usize = 64;
+
+/// The entry of a host address in [`FrameArea::splits`].
+pub const fn split_slot(done: u64) -> usize {
+    done as usize & (SPLIT_SLOTS - 1)
+}
+
 /// See [`FrameArea::split`].
 #[repr(C, align(64))]
 pub struct SplitOperand(pub [u8; 128]);
@@ -133,6 +141,14 @@ pub struct FrameArea {
     pub split: SplitOperand,
     /// Address of that copy.
     pub split_at: u64,
+    /// Where the copy of an operand that is stored belongs: host address and bytes, of both parts.
+    pub split_to: [u64; 4],
+    /// Where translated code goes on with the copy.
+    pub split_resume: u64,
+    /// What of `Translator::splits` was used last, by [`split_slot`]: key and value.
+    pub splits: [[u64; 2]; SPLIT_SLOTS],
+    /// See `stub_exit`.
+    pub stub_split_done: u64,
     /// PEXT mask for the entry of a second-level jump cache.
     pub jc2_mask: u64,
     /// PEXT mask of the bits that are equal in a canonical address.
@@ -195,6 +211,11 @@ pub const fn fast(path: super::fast::Path) -> usize {
     X + offset_of!(FrameArea, fast) + 8 * path as usize
 }
 pub const SPLIT_AT: usize = X + offset_of!(FrameArea, split_at);
+pub const SPLITS: usize = X + offset_of!(FrameArea, splits);
+pub const SPLIT: usize = X + offset_of!(FrameArea, split);
+pub const SPLIT_TO: usize = X + offset_of!(FrameArea, split_to);
+pub const SPLIT_RESUME: usize = X + offset_of!(FrameArea, split_resume);
+pub const STUB_SPLIT_DONE: usize = X + offset_of!(FrameArea, stub_split_done);
 /// Offset of a place of `Hot::run_delta`.
 pub const fn run_delta(place: u8) -> usize {
     H + offset_of!(Hot, run_delta) + 8 * place as usize

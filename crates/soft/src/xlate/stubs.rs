@@ -320,6 +320,8 @@ pub const WRITE: u8 = 1;
 pub const VIEW_SHIFT: u8 = 1;
 /// Bit of an access: the flags are already in `Hot::flags`.
 pub const FLAGS_SAVED: u8 = 8;
+/// [`bits`]: the instruction can do its store in a copy of its operand.
+pub const SPLITTABLE: u8 = 16;
 
 /// The bits of an access.
 pub fn bits(write: bool, view: usize, flags_saved: bool) -> u8 {
@@ -400,9 +402,9 @@ macro_rules! from_second_level {
 /// Soft-TLB miss. Called with R11 = slot and R10 = linear address XOR the slot's tag. Before the
 /// call stand three bytes: the distance from the check to what follows it, the operand's size, and
 /// [`bits`]; after it a jump (5 bytes) to the check.
-/// Returns to try again; or after the check, with the operand, which lies in two pages and is only
-/// read, copied to where R11 points, and R10 = 0; or leaves translated code with
-/// `reason::INTERPRET`.
+/// Returns to try again; or with the operand, which lies in two pages, copied to where R11 points,
+/// and R10 = 0: after the check if it is only read, else to a copy of the instruction that ends with
+/// [`split_done`]; or leaves translated code with `reason::INTERPRET`.
 ///
 /// # Safety
 /// Only from translated code.
@@ -430,12 +432,92 @@ pub unsafe extern "sysv64" fn slow() {
         "mov rbx, [rsp + 8 + {rbx}]",
         "ret",
         "8:",
-        "mov [rsp + 8 + {rsp}], r15",
-        "mov [rsp + 8 + {rbp}], rbp",
         "mov [rsp + 8 + {rsi}], rsi",
         "mov [rsp + 8 + {rdi}], rdi",
         "mov [rsp + 8 + {r8}], r8",
         "mov [rsp + 8 + {r9}], r9",
+        // An operand in two pages, both of which the first level has, is copied here; RBX = the
+        // return address, CL = bits, RAX = the view's TLB.
+        "mov edx, r10d",
+        "and edx, 4095",
+        "lea esi, [rdx + r11]",
+        "cmp esi, 4096",
+        "jbe 7f",
+        "mov rsi, r10",
+        "shr rsi, 12",
+        "lea rdi, [rsi + 1]",
+        "and esi, {slots}",
+        "and edi, {slots}",
+        "mov r9, r10",
+        "and r9, -4096",
+        "lea r8, [r9 + 4096]",
+        "test cl, {write_bit}",
+        "jnz 3f",
+        "cmp [rax + rsi*8 + {read}], r9",
+        "jne 7f",
+        "cmp [rax + rdi*8 + {read}], r8",
+        "jne 7f",
+        "jmp 4f",
+        "3:",
+        "test cl, {splittable}",
+        "jz 7f",
+        "cmp [rax + rsi*8 + {write}], r9",
+        "jne 7f",
+        "cmp [rax + rdi*8 + {write}], r8",
+        "jne 7f",
+        "4:",
+        // R8, R9: host addresses of the parts; EDX, ECX: their bytes.
+        "mov r9, [rax + rsi*8 + {host}]",
+        "mov r8, [rax + rdi*8 + {host}]",
+        "add r9, rdx",
+        "neg edx",
+        "add edx, 4096",
+        // Where it goes on.
+        "movsxd rsi, dword ptr [rbx + 1]",
+        "lea rsi, [rbx + rsi + 5]",
+        "movzx edi, byte ptr [rbx - {call} - 3]",
+        "add rsi, rdi",
+        "test cl, {write_bit}",
+        "mov ecx, r11d",
+        "jz 6f",
+        "mov edi, esi",
+        "and edi, {split_slots}",
+        "add edi, edi",
+        "cmp rsi, [rsp + rdi*8 + 8 + {splits}]",
+        "jne 7f",
+        "mov rsi, [rsp + rdi*8 + 8 + {splits} + 8]",
+        "mov [rsp + 8 + {to}], r9",
+        "mov [rsp + 8 + {to} + 8], rdx",
+        "mov [rsp + 8 + {to} + 16], r8",
+        "sub ecx, edx",
+        "mov [rsp + 8 + {to} + 24], rcx",
+        "add ecx, edx",
+        "6:",
+        "mov [rsp], rsi",
+        "sub ecx, edx",
+        "and r10d, 63",
+        "lea rdi, [rsp + r10 + 8 + {split}]",
+        "mov r11, rdi",
+        "mov [rsp + 8 + {split_at}], rdi",
+        "mov rsi, r9",
+        "xchg ecx, edx",
+        "rep movsb",
+        "mov rsi, r8",
+        "mov ecx, edx",
+        "rep movsb",
+        "mov rsi, [rsp + 8 + {rsi}]",
+        "mov rdi, [rsp + 8 + {rdi}]",
+        "mov r8, [rsp + 8 + {r8}]",
+        "mov r9, [rsp + 8 + {r9}]",
+        "mov rax, [rsp + 8 + {rax}]",
+        "mov rcx, [rsp + 8 + {rcx}]",
+        "mov rdx, [rsp + 8 + {rdx}]",
+        "mov rbx, [rsp + 8 + {rbx}]",
+        "mov r10d, 0",
+        "ret",
+        "7:",
+        "mov [rsp + 8 + {rsp}], r15",
+        "mov [rsp + 8 + {rbp}], rbp",
         "mov [rsp + 8 + {r12}], r12",
         "mov [rsp + 8 + {r13}], r13",
         "mov [rsp + 8 + {r14}], r14",
@@ -454,18 +536,15 @@ pub unsafe extern "sysv64" fn slow() {
         "movzx ecx, byte ptr [rax - {call} - 1]",
         "movsxd r8, dword ptr [rax + 1]",
         "lea r8, [rax + r8 + 5]",
+        "movzx r9d, byte ptr [rax - {call} - 3]",
+        "add r9, r8",
         "mov rsp, [rbx + {host_rsp}]",
         "call {slow_memory}",
         "cmp eax, 1",
         "je 5f",
         "lea rsp, [rbx - 8]",
         "jb 4f",
-        // To what follows the check.
-        "mov rax, [rsp]",
-        "movsxd rcx, dword ptr [rax + 1]",
-        "movzx edx, byte ptr [rax - {call} - 3]",
-        "lea rcx, [rax + rcx + 5]",
-        "add rcx, rdx",
+        "mov rcx, [rsp + 8 + {resume}]",
         "mov [rsp], rcx",
         "4:",
         "cmp dword ptr [rsp + 8 + {live}], 0",
@@ -488,7 +567,9 @@ pub unsafe extern "sysv64" fn slow() {
         "5:",
         "mov dword ptr [rbx + {live}], 0",
         to_host!("rbx"),
-        split_at = const layout::SPLIT_AT, call = const super::front::STUB_CALL_BYTES,
+        split_at = const layout::SPLIT_AT, resume = const layout::SPLIT_RESUME,
+        split = const layout::SPLIT, splittable = const SPLITTABLE, to = const layout::SPLIT_TO,
+        splits = const layout::SPLITS, split_slots = const layout::SPLIT_SLOTS - 1, call = const super::front::STUB_CALL_BYTES,
         saved = const FLAGS_SAVED, write_bit = const WRITE, view_shift = const VIEW_SHIFT,
         host_rsp = const layout::HOST_RSP, flags = const layout::FLAGS,
         live = const layout::FPU_LIVE, mask = const layout::XSAVE_MASK,
@@ -601,6 +682,32 @@ pub unsafe extern "sysv64" fn run() {
         tlb_bits = const crate::frame::TLB_BITS, slots = const crate::frame::TLB_ENTRIES - 1,
         read = const layout::TLB_READ, write = const layout::TLB_WRITE,
         host = const layout::TLB_HOST, delta = const layout::TLB_DELTA,
+    )
+}
+
+/// Brings what a copied instruction stored in `FrameArea::split` to the two pages where it belongs.
+/// Keeps everything, flags included.
+///
+/// # Safety
+/// Only from translated code, by CALL, after `callbacks::slow_memory` prepared it.
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn split_done() {
+    naked_asm!(
+        "mov [rsp + 8 + {rcx}], rcx",
+        "mov r10, rsi",
+        "mov r11, rdi",
+        "mov rsi, [rsp + 8 + {split_at}]",
+        "mov rdi, [rsp + 8 + {to}]",
+        "mov rcx, [rsp + 8 + {to} + 8]",
+        "rep movsb",
+        "mov rdi, [rsp + 8 + {to} + 16]",
+        "mov rcx, [rsp + 8 + {to} + 24]",
+        "rep movsb",
+        "mov rsi, r10",
+        "mov rdi, r11",
+        "mov rcx, [rsp + 8 + {rcx}]",
+        "ret",
+        rcx = const gpr(1), split_at = const layout::SPLIT_AT, to = const layout::SPLIT_TO,
     )
 }
 

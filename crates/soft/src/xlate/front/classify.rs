@@ -26,6 +26,48 @@ pub fn ends_block(i: &Instruction) -> bool {
         )
 }
 
+/// True for instructions that may store to a copy of their operand, which is brought to its place
+/// afterwards: those that write all of it, once, not atomically, and do not fault on their own.
+pub fn splittable(i: &Instruction) -> bool {
+    i.op0_kind() == OpKind::Memory
+        && !i.has_lock_prefix()
+        && !uses_mask(i)
+        && matches!(
+            i.mnemonic(),
+            Mnemonic::Mov
+                | Mnemonic::Add
+                | Mnemonic::Sub
+                | Mnemonic::And
+                | Mnemonic::Or
+                | Mnemonic::Xor
+                | Mnemonic::Inc
+                | Mnemonic::Dec
+                | Mnemonic::Not
+                | Mnemonic::Neg
+                | Mnemonic::Movd
+                | Mnemonic::Movq
+                | Mnemonic::Movss
+                | Mnemonic::Movups
+                | Mnemonic::Movupd
+                | Mnemonic::Movdqu
+                | Mnemonic::Movlps
+                | Mnemonic::Movhps
+                | Mnemonic::Movlpd
+                | Mnemonic::Movhpd
+                | Mnemonic::Vmovd
+                | Mnemonic::Vmovq
+                | Mnemonic::Vmovss
+                | Mnemonic::Vmovsd
+                | Mnemonic::Vmovups
+                | Mnemonic::Vmovupd
+                | Mnemonic::Vmovdqu
+                | Mnemonic::Vmovdqu8
+                | Mnemonic::Vmovdqu16
+                | Mnemonic::Vmovdqu32
+                | Mnemonic::Vmovdqu64
+        )
+}
+
 /// True for conditional branches behind which a block goes on: forward ones, which are as a rule
 /// not taken. One that goes back ends a loop.
 pub fn goes_on_behind(i: &Instruction) -> bool {

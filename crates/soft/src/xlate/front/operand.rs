@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
-use super::classify::normalise;
+use super::classify::{normalise, splittable};
 use super::{Cold, Decoded, Front, gpr_of, host_reg, reg_named};
 use crate::frame::TLB_BITS;
 use crate::xlate::emit::{Address, Depends, T0, T1};
@@ -96,7 +96,9 @@ impl Front<'_> {
             let Some(encoded) = self.t.e.encode(&probe) else {
                 return false;
             };
+            self.splittable = write && splittable(&i);
             let at = self.check(&d.i, size, write, d.live != 0);
+            self.splittable = false;
             if let Some(&(g, _)) = spilled.first() {
                 self.free_t0(at);
                 self.t.e.load(T0, gpr(g));
@@ -286,12 +288,17 @@ impl Front<'_> {
             operand = self.free_t0(operand);
             self.t.e.restore_flags_by(T0);
         }
+        let split = if self.splittable {
+            crate::xlate::stubs::SPLITTABLE
+        } else {
+            0
+        };
         self.t.cold.push(Cold::Slow {
             at,
             retry,
             done,
             size,
-            bits: crate::xlate::stubs::bits(write, self.view, flags_live),
+            bits: crate::xlate::stubs::bits(write, self.view, flags_live) | split,
         });
         operand
     }
