@@ -446,6 +446,16 @@ const STRESS: &[&str] = &[
     "context",
 ];
 
+/// Options of a stressor; the one that might stop the machine is refused without a word more.
+fn stressor(name: &str, cpus: &str) -> String {
+    let sure = if name == "cpu-online" {
+        "--pathological "
+    } else {
+        ""
+    };
+    format!("{sure}--{name} {cpus}")
+}
+
 fn everything(cpus: &str) {
     if !full() {
         return;
@@ -459,6 +469,8 @@ fn everything(cpus: &str) {
     installs(&mut g, &format!("repository-full-{cpus}"));
     programs(&mut g);
     languages(&mut g);
+    // A stressor that takes all memory is to be ended itself, not the shell that waits for it.
+    g.ok("choom -n -900 -p $$", 60);
     let mut bad = Vec::new();
     let mut note = |g: &mut Guest, command: String, seconds| {
         let (status, output) = g.run(&command, seconds);
@@ -484,8 +496,10 @@ fn everything(cpus: &str) {
     for s in STRESS {
         note(
             &mut g,
-            // Without the word, those that might stop the machine are refused.
-            format!("timeout -k 5 90 stress-ng --pathological --{s} {cpus} --verify -t 4"),
+            format!(
+                "choom -n 0 -- timeout -k 5 90 stress-ng --verify -t 4 {}",
+                stressor(s, cpus)
+            ),
             300,
         );
     }

@@ -863,6 +863,7 @@ fn add(
     block.start = start;
     block.end += start;
     block.entry += start;
+    block.past_poll += start;
     block.others = block.others.map(|o| o.plus(start));
     cache.append(code);
     let id = cache.insert(block);

@@ -77,6 +77,8 @@ pub struct Block {
     pub key: BlockKey,
     /// Cache offset of the entry for jumps that have proved the target.
     pub entry: u32,
+    /// The same behind the poll.
+    pub past_poll: u32,
     /// The other entries, if there are any yet.
     pub others: Option<OtherEntries>,
     /// The flags are live at the entries.
@@ -282,7 +284,10 @@ impl Cache {
     /// it has an entry for that.
     pub fn link(&mut self, exit: u32, to: u32, near: bool) {
         let b = &self.blocks[to as usize];
+        let owner = &self.blocks[self.exits[exit as usize].owner as usize];
         let entry = match b.others {
+            // Onwards within a page comes to an end without polls.
+            _ if near && b.second.is_none() && b.key.rip > owner.key.rip => b.past_poll,
             _ if near && b.second.is_none() => b.entry,
             Some(o) => o.far,
             None => return,

@@ -172,6 +172,8 @@ impl Tools {
 /// The ways into a block.
 struct Prologue {
     entry: Label,
+    /// What follows the poll.
+    past_poll: Label,
     /// The far and the checked entry.
     others: Option<(Label, Label)>,
     polls: bool,
@@ -436,6 +438,7 @@ impl<'a> Front<'a> {
         f.decode(bytes, allows, most, page_bytes, &mut list);
         let Prologue {
             entry,
+            past_poll,
             others,
             polls,
         } = f.prologue(&list, &place);
@@ -467,6 +470,7 @@ impl<'a> Front<'a> {
         let block = Block {
             key,
             entry: f.t.e.offset_of(entry) as u32,
+            past_poll: f.t.e.offset_of(past_poll) as u32,
             others: others.map(|(far, checked)| OtherEntries {
                 far: f.t.e.offset_of(far) as u32,
                 checked: f.t.e.offset_of(checked) as u32,
@@ -775,6 +779,7 @@ impl<'a> Front<'a> {
         }
         Prologue {
             entry,
+            past_poll: self.t.e.here(),
             others,
             polls: !live || place.force_poll,
         }

@@ -71,6 +71,7 @@ pub fn copy(cache: &Cache, id: u32, to: &Target, code: &mut Vec<u8>) -> Option<(
     let block = Block {
         key: to.key,
         entry: b.entry - b.start,
+        past_poll: b.past_poll - b.start,
         // Those that were made later are not in the code that is copied.
         others: b.others.filter(|o| o.far < b.end).map(|o| o.less(b.start)),
         flags_live: b.flags_live,
