@@ -733,7 +733,7 @@ fn translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
     let vm = std::sync::Arc::clone(&v.vm);
     let page_gpa = key.gpa & !(PAGE_SIZE - 1);
     let page_off = vm.memory.read_offset(page_gpa, PAGE_SIZE)?;
-    if let Some(id) = move_block(v, key) {
+    if let Some(id) = moved::move_block(v, key) {
         return Some(id);
     }
     protect(v, page_off);
@@ -874,124 +874,6 @@ fn add(
         cache.exits.push(x);
     }
     id
-}
-
-/// LIMIT: blocks that are copied at once.
-const MOVED_AT_ONCE: usize = 24;
-
-/// Serves a key by copying the translation of the same code at another RIP, if there is one. What it
-/// was linked to on the same page comes along: it will be wanted next.
-fn move_block(v: &mut SoftVcpu, key: BlockKey) -> Option<u32> {
-    let user = key.mode & mode::VIEW == View::User as u32;
-    if !user || key.mode & mode::CODE64 == 0 || !v.vm.options.move_blocks {
-        return None;
-    }
-    let mut old = v.xlate.cache.movable(&key)?;
-    make_room(v);
-    // Gone with the rest, perhaps.
-    let flushes = v.xlate.cache.flushes;
-    old = v.xlate.cache.movable(&key).filter(|&o| o == old)?;
-    if v.xlate.code_tlb.needs_clearing(key.mode & mode::UNITS) {
-        return None;
-    }
-    let page_off =
-        v.vm.memory
-            .read_offset(key.gpa & !(PAGE_SIZE - 1), PAGE_SIZE)?;
-    let page = PageCheck {
-        slot: v.xlate.code_tlb.slot(key.rip, user)?,
-        value: v.xlate.code_tlb.value(key.gpa, key.mode & mode::UNITS)?,
-    };
-    protect(v, page_off);
-    let first = move_one(v, old, key, page, page_off)?;
-    // The old block, the new one.
-    let mut todo = vec![(old, first)];
-    let mut moved = 1;
-    while let Some((from, to)) = todo.pop() {
-        let b = &v.xlate.cache.blocks[from as usize];
-        let by = v.xlate.cache.blocks[to as usize]
-            .key
-            .rip
-            .wrapping_sub(b.key.rip);
-        let (old_exit, new_exit) = (b.first_exit, v.xlate.cache.blocks[to as usize].first_exit);
-        let end = b.key.rip.wrapping_add(u64::from(b.guest_len));
-        for n in 0..b.exits {
-            let cache = &v.xlate.cache;
-            let exit = &cache.exits[(old_exit + n) as usize];
-            let Some(next) = exit.linked else { continue };
-            let (b, target) = (&cache.blocks[from as usize], &cache.blocks[next as usize]);
-            if target.dead
-                || target.second.is_some()
-                || target.key.rip != exit.target
-                || (target.key.rip ^ b.key.rip) >> 12 != 0
-                || (target.key.gpa ^ b.key.gpa) >> 12 != 0
-            {
-                continue;
-            }
-            // Every loop must notice the exit request.
-            let backward = exit.target <= end;
-            let key = BlockKey {
-                rip: target.key.rip.wrapping_add(by),
-                ..target.key
-            };
-            let there = match cache.find(&key) {
-                Some(id) => id,
-                None if moved < MOVED_AT_ONCE && target.relocs.is_some() => {
-                    let Some(id) = move_one(v, next, key, page, page_off) else {
-                        continue;
-                    };
-                    moved += 1;
-                    todo.push((next, id));
-                    id
-                }
-                None => continue,
-            };
-            let known = &v.xlate.cache.blocks[there as usize];
-            if known.second.is_none() && (known.polls || !backward) {
-                v.xlate.cache.link(new_exit + n, there, true);
-            }
-        }
-    }
-    debug_assert_eq!(v.xlate.cache.flushes, flushes, "copies make no room");
-    Some(first)
-}
-
-/// Copies one block to another RIP.
-fn move_one(
-    v: &mut SoftVcpu,
-    old: u32,
-    key: BlockKey,
-    page: PageCheck,
-    page_off: u64,
-) -> Option<u32> {
-    if v.xlate.must_poll.contains_key(&key) && !v.xlate.cache.blocks[old as usize].polls {
-        return None;
-    }
-    let cache = &v.xlate.cache;
-    let target = moved::Target {
-        key,
-        base: cache.base() + cache.free_at() as u64,
-        first_exit: cache.exits.len() as u32,
-        id: cache.blocks.len() as u32,
-        page,
-    };
-    let mut code = std::mem::take(&mut v.xlate.moving);
-    let copied = moved::copy(&v.xlate.cache, old, &target, &mut code);
-    let done = copied.and_then(|(block, exits)| {
-        // The old block lives, so the code is unchanged, or the news is on its way to both. The
-        // marks may be gone in the latter case.
-        let at = key.gpa & (PAGE_SIZE - 1);
-        mark(&v.vm, page_off, at, block.guest_len as usize)?;
-        for (at, len) in block.looked {
-            mark(&v.vm, page_off, at.into(), len.into())?;
-        }
-        if !v.xlate.cache.fits(code.len()) {
-            return None;
-        }
-        v.xlate.stats.moved += 1;
-        Some(add(&mut v.xlate.cache, &code, block, exits))
-    });
-    v.xlate.moving = code;
-    done
 }
 
 /// Marks a page as holding translated code and takes write entries for it out of all soft TLBs.
