@@ -201,6 +201,15 @@ impl Emitter {
     pub fn load(&mut self, reg: u8, disp: usize) {
         self.frame_op(0x8b, true, reg, disp);
     }
+    /// `movzx reg32, word [frame + disp]`.
+    pub fn load16(&mut self, reg: u8, disp: usize) {
+        let rex = Self::rex(false, reg, 0, 0);
+        if rex != 0x40 {
+            self.bytes(&[rex]);
+        }
+        self.bytes(&[0x0f, 0xb7]);
+        self.in_frame(reg, disp);
+    }
     /// `mov reg32, [frame + disp]`.
     pub fn load32(&mut self, reg: u8, disp: usize) {
         self.frame_op(0x8b, false, reg, disp);

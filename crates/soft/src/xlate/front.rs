@@ -28,8 +28,8 @@ use iced_x86::{
 };
 
 use self::classify::{
-    Fpu, condition, ends_block, fpu_kind, goes_on_behind, is_hint, may_keep_flags, stack_op,
-    uses_mask, uses_vector,
+    Fpu, condition, ends_block, fpu_kind, goes_on_behind, is_hint, may_keep_flags, reads_selector,
+    stack_op, uses_mask, uses_vector,
 };
 use self::liveness::flags_read;
 use super::cache::{Block, BlockKey, Exit, OtherEntries};
@@ -663,6 +663,9 @@ impl<'a> Front<'a> {
         if !self.code64 && matches!(m, Mnemonic::Vzeroall | Mnemonic::Vzeroupper) {
             return true;
         }
+        if reads_selector(i) {
+            return false;
+        }
         for n in 0..i.op_count() {
             if i.op_kind(n) == OpKind::Register {
                 let r = i.op_register(n);
@@ -829,6 +832,10 @@ impl<'a> Front<'a> {
         }
         if fpu_kind(i) != Fpu::None || uses_vector(i) {
             self.need_fpu(d.live != 0);
+        }
+        if reads_selector(i) {
+            self.selector(i);
+            return false;
         }
         if self.copy(d) {
             return false;

@@ -74,6 +74,12 @@ pub fn goes_on_behind(i: &Instruction) -> bool {
     i.is_jcc_short_or_near() && i.near_branch_target() > i.ip()
 }
 
+/// True for MOV of a segment register to all of a general-purpose one.
+pub fn reads_selector(i: &Instruction) -> bool {
+    matches!(i.code(), Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg)
+        && i.op0_kind() == OpKind::Register
+}
+
 /// Condition code of a Jcc.
 pub fn condition(i: &Instruction) -> u8 {
     use iced_x86::ConditionCode as C;

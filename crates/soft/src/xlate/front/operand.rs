@@ -5,6 +5,7 @@ use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 use super::classify::{normalise, splittable};
 use super::{Cold, Decoded, Front, gpr_of, host_reg, reg_named};
 use crate::frame::TLB_BITS;
+use crate::interp::operand::segment_number;
 use crate::xlate::emit::{Address, Depends, T0, T1};
 use crate::xlate::layout::{self, gpr};
 
@@ -127,6 +128,21 @@ impl Front<'_> {
             }
         }
         true
+    }
+
+    /// MOV of a segment register's selector.
+    pub(super) fn selector(&mut self, i: &Instruction) {
+        let Some((g, _)) = gpr_of(i.op0_register()) else {
+            return;
+        };
+        let from = layout::seg_selector(segment_number(i.op1_register()));
+        match host_reg(g) {
+            Some(h) => self.t.e.load16(h, from),
+            None => {
+                self.t.e.load16(T0, from);
+                self.t.e.store(gpr(g), T0);
+            }
+        }
     }
 
     /// True if the flags come back between an instruction's check and the instruction.
