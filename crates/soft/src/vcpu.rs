@@ -272,6 +272,7 @@ impl SoftVcpu {
                     ("links", Inspect::Uint(x.links)),
                     ("polls", Inspect::Uint(x.polls)),
                     ("interpreted", Inspect::Uint(x.interpreted)),
+                    ("interpreted-cold", Inspect::Uint(x.interpreted_cold)),
                     ("slow-memory", Inspect::Uint(x.slow_memory)),
                     ("signals", Inspect::Uint(x.signals)),
                     ("stale-pages", Inspect::Uint(x.stale_pages)),

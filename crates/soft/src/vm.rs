@@ -49,6 +49,8 @@ pub struct SoftOptions {
     pub share_checks: bool,
     /// Copy translations for the same code at another address.
     pub move_blocks: bool,
+    /// Translate a block when it is met first, not the second time.
+    pub translate_at_once: bool,
     /// Most guest instructions of a block.
     pub block_insns_max: usize,
     /// Most conditional branches behind which a block goes on.
@@ -68,6 +70,7 @@ impl Default for SoftOptions {
             link: true,
             share_checks: true,
             move_blocks: true,
+            translate_at_once: false,
             block_insns_max: 64,
             branches_max: 5,
             precise_flags: false,

@@ -20,6 +20,7 @@
 mod cache;
 mod callbacks;
 mod code_tlb;
+mod cold;
 mod emit;
 pub mod fast;
 mod front;
@@ -39,6 +40,7 @@ use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
 use self::cache::{AddrMap, Block, BlockKey, Cache, Exit};
 use self::code_tlb::{CodeTlb, PageCheck};
+use self::cold::ColdPlaces;
 use self::front::{Entries, Front, HostFeatures, Place, Tools};
 pub use self::layout::{FrameArea, Hot};
 use self::layout::{JC_MASK, JC2_ENTRIES, JumpEntry, jump_slot, jump_slot2, reason};
@@ -114,6 +116,8 @@ pub struct XlateStats {
     pub links: u64,
     pub polls: u64,
     pub interpreted: u64,
+    /// Instructions that were interpreted because their block was met for the first time.
+    pub interpreted_cold: u64,
     pub slow_memory: u64,
     pub signals: u64,
     pub stale_pages: u64,
@@ -134,6 +138,8 @@ pub struct Translator {
     trap: Option<Trap>,
     /// Blocks that must poll at their entry because a backward jump leads there.
     must_poll: AddrMap<BlockKey, ()>,
+    /// What was met once and is not translated yet.
+    cold: ColdPlaces,
     /// Copies of instructions for operands in two pages, by the host address of what follows their
     /// checks.
     splits: AddrMap<u64, u64>,
@@ -191,6 +197,7 @@ impl Translator {
             trap: None,
             must_poll: AddrMap::default(),
             splits: AddrMap::default(),
+            cold: ColdPlaces::new(vm.options.translate_at_once),
             stats: XlateStats::default(),
         })
     }
@@ -363,9 +370,12 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
             b.is_some_and(|b| !b.dead && b.key == key && b.second.is_none())
         });
         v.xlate.stats.page_checks += u64::from(unchanged.is_some());
-        let Some(id) = unchanged.or_else(|| find_or_translate(v, key, true)) else {
-            interp::step(v)?;
-            if run_loop_wanted(v) {
+        let known = unchanged.or_else(|| {
+            let ripe = v.xlate.cold.is_ripe(&v.xlate.cache, &key, true);
+            ripe.then(|| find_or_translate(v, key, true)).flatten()
+        });
+        let Some(id) = known else {
+            if interpret_block(v)? {
                 return Ok(());
             }
             continue;
@@ -458,6 +468,25 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
             return Ok(());
         }
     }
+}
+
+/// Interprets up to where a block would end: the next instruction that is not the one behind. True
+/// when the run loop has something to do.
+fn interpret_block(v: &mut SoftVcpu) -> Result<bool, Trap> {
+    for _ in 0..front::INSNS_MAX {
+        let rip = v.frame.cpu.rip;
+        v.xlate.stats.interpreted_cold += 1;
+        interp::step(v)?;
+        if run_loop_wanted(v) {
+            return Ok(true);
+        }
+        let by = v.frame.cpu.rip.wrapping_sub(rip);
+        let behind = by != 0 && by <= INSN_BYTES_MAX as u64;
+        if !behind || (v.frame.cpu.rip ^ rip) >> 12 != 0 {
+            break;
+        }
+    }
+    Ok(false)
 }
 
 /// Arithmetic flags to and from LAHF form.
@@ -625,6 +654,9 @@ fn link_exit(v: &mut SoftVcpu, x: u32) -> u32 {
         mode: m,
     };
     let flushes = v.xlate.cache.flushes;
+    if !v.xlate.cold.is_ripe(&v.xlate.cache, &key, false) {
+        return variant;
+    }
     let Some(mut to) = find_or_translate(v, key, !near) else {
         return variant;
     };

@@ -25,6 +25,7 @@ fn conforms(options: &SoftOptions) {
 fn interpreter_conforms() {
     conforms(&SoftOptions {
         translate: false,
+        translate_at_once: true,
         ..SoftOptions::default()
     });
 }
@@ -38,6 +39,7 @@ fn translator_conforms() {
 fn translator_without_links_conforms() {
     conforms(&SoftOptions {
         link: false,
+        translate_at_once: true,
         ..SoftOptions::default()
     });
 }
@@ -46,6 +48,7 @@ fn translator_without_links_conforms() {
 fn translator_with_single_instruction_blocks_conforms() {
     conforms(&SoftOptions {
         block_insns_max: 1,
+        translate_at_once: true,
         ..SoftOptions::default()
     });
 }
@@ -54,6 +57,7 @@ fn translator_with_single_instruction_blocks_conforms() {
 fn translator_with_a_tiny_cache_conforms() {
     conforms(&SoftOptions {
         code_cache_bytes: 64 << 10,
+        translate_at_once: true,
         ..SoftOptions::default()
     });
 }
@@ -64,6 +68,7 @@ fn translator_without_runs_moves_and_long_blocks_conforms() {
         share_checks: false,
         branches_max: 0,
         move_blocks: false,
+        translate_at_once: true,
         ..SoftOptions::default()
     });
 }

@@ -48,7 +48,7 @@ const ARITH: u32 = RflagsBits::OF
     | RflagsBits::PF;
 const SP: usize = 4;
 /// LIMIT: guest instructions of a block, whatever the options say.
-const INSNS_MAX: usize = 64;
+pub const INSNS_MAX: usize = 64;
 /// LIMIT: conditional branches behind which a block goes on, whatever the options say.
 const BRANCHES_MAX: usize = 7;
 /// LIMIT: other parts of the page whose flags' liveness a block depends on.

@@ -75,7 +75,10 @@ pub struct Guest {
 
 /// The settings that the tests run.
 pub fn settings() -> Vec<(&'static str, SoftOptions)> {
-    let d = SoftOptions::default;
+    let d = || SoftOptions {
+        translate_at_once: true,
+        ..SoftOptions::default()
+    };
     vec![
         (
             "interpreter",
