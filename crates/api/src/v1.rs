@@ -21,6 +21,8 @@ pub use snapshot::{SNAPSHOT_FORMAT, SnapshotManifest};
 
 /// LIMIT: most vCPUs of a VM.
 pub const MAX_CPUS: u32 = 255;
+/// LIMIT: code cache of a vCPU, in bytes.
+pub const CODE_CACHE_BYTES: std::ops::RangeInclusive<u64> = 256 << 10..=1 << 30;
 /// LIMIT: smallest memory in bytes.
 pub const MIN_MEMORY_BYTES: u64 = 16 << 20;
 /// LIMIT: largest memory in bytes.
@@ -279,6 +281,9 @@ pub struct VmSpec {
     /// Engine.
     #[serde(default)]
     pub engine: EngineKind,
+    /// Code cache of the software engine per vCPU, in bytes; nothing: its default.
+    #[serde(default)]
+    pub code_cache_bytes: Option<u64>,
     /// CPU model; `host` is what this host and the engine can run.
     #[serde(default = "host_model")]
     pub cpu_model: String,
@@ -341,6 +346,7 @@ impl Default for VmSpec {
             cpus: 1,
             memory_bytes: 512 << 20,
             engine: EngineKind::Auto,
+            code_cache_bytes: None,
             cpu_model: host_model(),
             boot: BootSpec::default(),
             smbios: SmbiosSpec::default(),
@@ -391,6 +397,14 @@ impl VmSpec {
             bad(
                 "cpus".into(),
                 format!("is {}; expected 1 to {MAX_CPUS}", self.cpus),
+            );
+        }
+        if let Some(n) = self.code_cache_bytes
+            && !CODE_CACHE_BYTES.contains(&n)
+        {
+            bad(
+                "code_cache_bytes".into(),
+                format!("is {n} bytes; expected 256 KiB to 1 GiB"),
             );
         }
         if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&self.memory_bytes) {

@@ -216,6 +216,12 @@ pub struct RunArgs {
     /// What executes the guest
     #[arg(long, value_enum, default_value = "auto")]
     pub engine: EngineArg,
+    /// Most memory for translated code, per vCPU, of the software engine [default: 64M]
+    ///
+    /// Memory is taken as it fills; what describes the code takes about twice as much again. A small one
+    /// makes a VM of a small footprint: a kernel boots with 2M, but large programs get slow.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub code_cache: Option<u64>,
     /// CPU model
     #[arg(long, value_name = "MODEL", default_value = "host")]
     pub cpu: String,
@@ -283,6 +289,7 @@ impl RunArgs {
                 EngineArg::Kvm => EngineKind::Kvm,
                 EngineArg::Soft => EngineKind::Soft,
             },
+            code_cache_bytes: self.code_cache,
             cpu_model: self.cpu.clone(),
             boot: BootSpec {
                 kernel: self.kernel.clone().unwrap_or_default(),
@@ -342,6 +349,7 @@ fn option_of(path: &str) -> &'static str {
         ("cpus", _) => "--cpus",
         ("memory_bytes", _) => "--memory",
         ("engine", _) => "--engine",
+        ("code_cache_bytes", _) => "--code-cache",
         ("cpu_model", _) => "--cpu",
         ("disks", _) => "--disk",
         ("cdroms", _) => "--cdrom",

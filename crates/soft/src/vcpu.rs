@@ -251,6 +251,7 @@ impl SoftVcpu {
             ("cr3", Inspect::Hex(c.cr3)),
             ("cr4", Inspect::Hex(c.cr4)),
             ("efer", Inspect::Hex(c.efer)),
+            ("cpu-ns", Inspect::Uint(cpu_ns())),
             ("interpreted", Inspect::Uint(s.interpreted)),
             ("interpreted-most", s.most_interpreted()),
             ("interrupts", Inspect::Uint(s.interrupts)),
@@ -262,6 +263,7 @@ impl SoftVcpu {
             (
                 "translator",
                 Inspect::node([
+                    ("translating-ns", Inspect::Uint(x.translating_ns)),
                     ("blocks", Inspect::Uint(x.blocks)),
                     ("moved-blocks", Inspect::Uint(x.moved)),
                     ("guest-instructions", Inspect::Uint(x.guest_insns)),
@@ -379,6 +381,13 @@ impl SoftVcpu {
             interp::step(self)
         }
     }
+}
+
+/// Processor time of this thread, in ns; 0 if the host does not say. proc(5), schedstat.
+fn cpu_ns() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let first = text.split_whitespace().next();
+    first.and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
 impl Vcpu for SoftVcpu {

@@ -116,6 +116,8 @@ pub struct XlateStats {
     pub links: u64,
     pub polls: u64,
     pub interpreted: u64,
+    /// Time spent translating and copying translations, in ns.
+    pub translating_ns: u64,
     /// Instructions that were interpreted because their block was met for the first time.
     pub interpreted_cold: u64,
     pub slow_memory: u64,
@@ -717,7 +719,10 @@ fn find_or_translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u
         }
         kill(v, id);
     }
-    translate(v, key, entries)
+    let began = std::time::Instant::now();
+    let id = translate(v, key, entries);
+    v.xlate.stats.translating_ns += began.elapsed().as_nanos() as u64;
+    id
 }
 
 /// First byte of the page after the one that holds `rip`.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pyrite_api::v1::EngineKind;
 use pyrite_engine::probe::{self, KvmVerdict};
 use pyrite_engine::{CpuidTable, EngineError, Vm, VmConfig, kvm};
-use pyrite_soft::SoftVm;
+use pyrite_soft::{SoftOptions, SoftVm};
 use pyrite_x86::cpuid::{self, CpuidError, HostCpuid};
 
 /// An engine, decided.
@@ -35,11 +35,21 @@ impl Engine {
         }
     }
 
-    /// Creates a VM.
-    pub fn create(self, config: VmConfig) -> Result<Arc<dyn Vm>, EngineError> {
+    /// Creates a VM. `code_cache_bytes`: of the software engine, per vCPU, if not its default.
+    pub fn create(
+        self,
+        config: VmConfig,
+        code_cache_bytes: Option<u64>,
+    ) -> Result<Arc<dyn Vm>, EngineError> {
         match self {
             Engine::Kvm => kvm::create(config),
-            Engine::Soft => Ok(SoftVm::new(config)?),
+            Engine::Soft => {
+                let mut options = SoftOptions::default();
+                if let Some(n) = code_cache_bytes.and_then(|n| usize::try_from(n).ok()) {
+                    options.code_cache_bytes = n;
+                }
+                Ok(SoftVm::with_options(config, options)?)
+            }
         }
     }
 }

@@ -26,6 +26,7 @@ pub mod boot;
 pub mod display;
 pub mod engines;
 pub mod firmware;
+mod footprint;
 pub mod inputs;
 pub mod machine;
 pub mod output;

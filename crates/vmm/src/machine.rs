@@ -300,13 +300,16 @@ impl Machine {
         let chipset = Arc::new(chipset);
         let time = Arc::clone(&clock);
         let vm = engine
-            .create(VmConfig {
-                memory: Arc::clone(&memory),
-                vcpus: spec.cpus,
-                cpuid: cpuid.clone(),
-                io: Arc::new(MachineIo(Arc::clone(&chipset))),
-                clock: Arc::new(move || time.now_ns()),
-            })
+            .create(
+                VmConfig {
+                    memory: Arc::clone(&memory),
+                    vcpus: spec.cpus,
+                    cpuid: cpuid.clone(),
+                    io: Arc::new(MachineIo(Arc::clone(&chipset))),
+                    clock: Arc::new(move || time.now_ns()),
+                },
+                spec.code_cache_bytes,
+            )
             .map_err(|e| AssemblyError::Host(e.into()))
             .map_err(|e| match e {
                 AssemblyError::Host(e) => {

@@ -90,6 +90,7 @@ fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
     };
     VmSpec {
         engine: now.engine,
+        code_cache_bytes: now.code_cache_bytes,
         reset: now.reset,
         time_limit_ms: now.time_limit_ms,
         restore: now.restore.clone(),

@@ -697,6 +697,7 @@ impl Running {
             ("running", Inspect::Bool(self.running)),
             ("time-ns", Inspect::Uint(m.clock.now_ns())),
             ("memory-bytes", Inspect::Uint(m.memory.size_bytes())),
+            ("footprint", crate::footprint::inspect(&m.memory)),
             ("resets", Inspect::Uint(self.resets.into())),
             ("vnc", vnc.unwrap_or(Inspect::Bool(false))),
             ("vm", m.vm.inspect()),
