@@ -40,7 +40,7 @@ use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
 use self::cache::{AddrMap, Block, BlockKey, Cache, Exit};
 use self::code_tlb::{CodeTlb, PageCheck};
-use self::cold::ColdPlaces;
+use self::cold::{ColdPlaces, interpret_block};
 use self::front::{Entries, Front, HostFeatures, Place, Tools};
 pub use self::layout::{FrameArea, Hot};
 use self::layout::{JC_MASK, JC2_ENTRIES, JumpEntry, jump_slot, jump_slot2, reason};
@@ -470,25 +470,6 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
             return Ok(());
         }
     }
-}
-
-/// Interprets up to where a block would end: the next instruction that is not the one behind. True
-/// when the run loop has something to do.
-fn interpret_block(v: &mut SoftVcpu) -> Result<bool, Trap> {
-    for _ in 0..front::INSNS_MAX {
-        let rip = v.frame.cpu.rip;
-        v.xlate.stats.interpreted_cold += 1;
-        interp::step(v)?;
-        if run_loop_wanted(v) {
-            return Ok(true);
-        }
-        let by = v.frame.cpu.rip.wrapping_sub(rip);
-        let behind = by != 0 && by <= INSN_BYTES_MAX as u64;
-        if !behind || (v.frame.cpu.rip ^ rip) >> 12 != 0 {
-            break;
-        }
-    }
-    Ok(false)
 }
 
 /// Arithmetic flags to and from LAHF form.

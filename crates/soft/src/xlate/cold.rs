@@ -7,6 +7,11 @@
 use std::hash::{BuildHasher, BuildHasherDefault};
 
 use super::cache::{AddrHasher, BlockKey, Cache};
+use super::front::INSNS_MAX;
+use super::{INSN_BYTES_MAX, run_loop_wanted};
+use crate::exception::Trap;
+use crate::interp;
+use crate::vcpu::SoftVcpu;
 
 /// Entries of the table.
 const PLACES: usize = 1 << 17;
@@ -46,4 +51,23 @@ impl ColdPlaces {
         }
         ripe
     }
+}
+
+/// Interprets up to where a block would end: the next instruction that is not the one behind. True
+/// when the run loop has something to do.
+pub fn interpret_block(v: &mut SoftVcpu) -> Result<bool, Trap> {
+    for _ in 0..INSNS_MAX {
+        let rip = v.frame.cpu.rip;
+        v.xlate.stats.interpreted_cold += 1;
+        interp::step(v)?;
+        if run_loop_wanted(v) {
+            return Ok(true);
+        }
+        let by = v.frame.cpu.rip.wrapping_sub(rip);
+        let behind = by != 0 && by <= INSN_BYTES_MAX as u64;
+        if !behind || (v.frame.cpu.rip ^ rip) >> 12 != 0 {
+            break;
+        }
+    }
+    Ok(false)
 }
