@@ -34,6 +34,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Ask something of a running VM that was started with --control.
     Ctl(CtlArgs),
+    /// Show where a running guest spends its time.
+    Profile(crate::profile::ProfileArgs),
     /// Write what the screen of a running VM shows to a PNG file.
     Screenshot(crate::screen::ScreenshotArgs),
     /// Type a text on the keyboard of a running VM.

@@ -12,6 +12,7 @@ mod firmware;
 mod front;
 mod image;
 mod log;
+mod profile;
 mod screen;
 mod signals;
 mod stock;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     let code = match cli.command {
         Command::Run(args) => run(&args),
         Command::Ctl(args) => ctl::run(args),
+        Command::Profile(args) => profile::run(&args),
         Command::Screenshot(args) => screen::screenshot(&args),
         Command::Type(args) => screen::type_text(&args),
         Command::Key(args) => screen::key(&args),

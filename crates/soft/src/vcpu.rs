@@ -234,6 +234,8 @@ impl SoftVcpu {
             ("activity", Inspect::Text(format!("{:?}", c.activity))),
             ("cs-base", Inspect::Hex(c.seg[sreg::CS].base)),
             ("rip", Inspect::Hex(c.rip)),
+            ("cpl", Inspect::Uint(c.cpl().into())),
+            ("lstar", Inspect::Hex(c.msrs.lstar)),
             ("rflags", Inspect::Hex(c.rflags)),
             (
                 "interrupt-enabled",

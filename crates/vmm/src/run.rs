@@ -468,6 +468,10 @@ impl Running {
                 };
                 changed.map(|()| Outcome::Done)
             }
+            // Often asked for, and much cheaper alone.
+            Command::Inspect { path } if path == "vm" => {
+                Ok(Outcome::Tree(tree(&self.d.machine.vm.inspect())))
+            }
             Command::Inspect { path } => match self.inspect().at(&path) {
                 Some(t) => Ok(Outcome::Tree(tree(t))),
                 None => Ok(Outcome::Failed(format!("there is no {path}"))),
