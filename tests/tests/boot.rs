@@ -54,3 +54,17 @@ fn guest_kernel_panic_is_reported() {
     assert_eq!(code, 3, "{errors}");
     assert!(errors.contains("Kernel panic - not syncing"), "{errors}");
 }
+
+/// The key behind a break is the kernel's SysRq command, and does not overtake it.
+#[test]
+fn break_and_the_key_behind_it_reach_the_kernel() {
+    let mut s = boot(&["--console", "serial"]);
+    s.send("echo 1 >/proc/sys/kernel/sysrq; dmesg -n 8; echo re''ady\n");
+    s.expect("ready", STEP);
+    for _ in 0..5 {
+        s.send("\x01bh");
+        s.expect("sysrq: HELP", STEP);
+    }
+    s.send("\npoweroff -f\n");
+    assert_eq!(s.end(STEP).0, 0);
+}

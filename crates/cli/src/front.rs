@@ -36,6 +36,8 @@ use crate::{ctl, exit, log};
 const QUEUE: usize = 64;
 /// How long a VM process may take to end when asked.
 const END_WITHIN: Duration = Duration::from_secs(5);
+/// How long what is typed behind a break waits for it.
+const BREAK_WITHIN: Duration = Duration::from_secs(2);
 /// How much later than its time limit a VM process is ended by force.
 const LIMIT_GRACE: Duration = Duration::from_secs(10);
 
@@ -203,6 +205,13 @@ fn read_keys(mut console: UnixStream, heard: &SyncSender<Heard>, raw: bool) -> R
             for typed in keys.feed(buffer.get(..n).unwrap_or_default()) {
                 let gone = match typed {
                     Typed::Bytes(b) => console.write_all(&b).is_err(),
+                    Typed::Break => {
+                        // It goes another way than the keys: those behind it wait until it is there.
+                        let (to, outcome) = sync_channel(1);
+                        let asked = heard.send(Heard::Asked(Command::Break, to));
+                        let _ = outcome.recv_timeout(BREAK_WITHIN);
+                        asked.is_err()
+                    }
                     other => heard.send(Heard::Typed(other)).is_err(),
                 };
                 if gone {
@@ -285,14 +294,14 @@ impl Session {
 
     fn typed(&mut self, typed: Typed) {
         match typed {
-            Typed::Bytes(_) => {}
+            // The thread that reads them has dealt with them.
+            Typed::Bytes(_) | Typed::Break => {}
             Typed::Help => {
                 let text = escape::HELP.replace('\n', self.newline());
                 let mut out = std::io::stdout();
                 let _ = write!(out, "{}{text}", self.newline()).and_then(|()| out.flush());
             }
             Typed::Quit => self.quit(),
-            Typed::Break => drop(self.ask(Command::Break)),
             Typed::Reset => drop(self.ask(Command::Reset)),
             Typed::PowerButton => drop(self.ask(Command::PowerButton)),
             Typed::Inspect => drop(self.ask(Command::Inspect {

@@ -447,8 +447,13 @@ impl Running {
                 Ok(Outcome::Done)
             }
             Command::Break => {
-                self.d.machine.console.send_break();
-                Ok(Outcome::Done)
+                if self.d.machine.console.send_break() {
+                    Ok(Outcome::Done)
+                } else {
+                    Err(anyhow::anyhow!(
+                        "the break was not sent: the guest does not read its first serial port"
+                    ))
+                }
             }
             Command::Balloon { bytes } => self.balloon(bytes).map(|()| Outcome::Done),
             Command::Screenshot { path } => self.screenshot(&path).map(|()| Outcome::Done),

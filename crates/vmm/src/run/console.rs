@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pyrite_devices::uart::{SerialBackend, Uart};
 use pyrite_vdev::bus::lock;
@@ -26,6 +26,8 @@ use super::panic_line::PanicLine;
 const OUTPUT_BYTES: usize = 256 << 10;
 /// Bytes of input read at a time.
 const INPUT_BYTES: usize = 4096;
+/// How long a break waits for room in the serial port.
+const BREAK_WITHIN: Duration = Duration::from_secs(1);
 /// A lost wake-up costs at most this.
 const RECHECK: Duration = Duration::from_millis(50);
 
@@ -42,6 +44,8 @@ struct State {
     paused: bool,
     /// The guest has the virtio console open.
     port_open: bool,
+    /// There is input that was read and not delivered.
+    delivering: bool,
     /// Grows when input may be deliverable again.
     ticks: u64,
     closed: bool,
@@ -76,6 +80,7 @@ impl Console {
                 released: false,
                 paused: true,
                 port_open: false,
+                delivering: false,
                 ticks: 0,
                 closed: false,
             }),
@@ -138,10 +143,27 @@ impl Console {
         }
     }
 
-    /// A break on the serial line.
-    pub fn send_break(&self) {
-        if let Some(uart) = self.0.uart.get().and_then(Weak::upgrade) {
-            lock(&uart).receive_break();
+    /// A break on the serial line, behind the input that came before. Waits a moment for room; false
+    /// if the guest does not read.
+    pub fn send_break(&self) -> bool {
+        let Some(uart) = self.0.uart.get().and_then(Weak::upgrade) else {
+            return false;
+        };
+        let until = Instant::now() + BREAK_WITHIN;
+        loop {
+            let ticks = {
+                let s = lock(&self.0.state);
+                if s.delivering { None } else { Some(s.ticks) }
+            };
+            if ticks.is_some() && lock(&uart).receive_break() {
+                return true;
+            }
+            if Instant::now() >= until {
+                return false;
+            }
+            let s = lock(&self.0.state);
+            let same = |s: &mut State| s.delivering || ticks == Some(s.ticks);
+            drop(self.0.input_changed.wait_timeout_while(s, RECHECK, same));
         }
     }
 
@@ -245,6 +267,7 @@ impl Console {
                 Ok(n) => n,
             };
             let mut rest = buffer.get(..n).unwrap_or_default();
+            lock(&self.0.state).delivering = true;
             while !rest.is_empty() {
                 let (ticks, to_port, paused) = {
                     let s = lock(&self.0.state);
@@ -265,6 +288,8 @@ impl Console {
                     drop(self.0.input_changed.wait_timeout_while(s, RECHECK, same));
                 }
             }
+            lock(&self.0.state).delivering = false;
+            self.0.input_changed.notify_all();
         }
     }
 
