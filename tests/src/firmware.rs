@@ -29,13 +29,19 @@ const TABLE_SECTORS: u64 = 32;
 
 /// A file of a Debian package, or a loud word about why there is none.
 pub fn package_file(package: &str, dir: &str, name: &str) -> Option<PathBuf> {
-    match fixtures::file_of(DEBIAN_12.suite, DEBIAN_12.arch, package, dir, name) {
-        Ok(path) => Some(path),
-        Err(why) => {
-            println!("SKIPPED: no {name} of {package}: {why}");
-            None
-        }
-    }
+    let KernelPackage { suite, arch, .. } = DEBIAN_12;
+    found(fixtures::file_of(suite, arch, package, dir, name), name)
+}
+
+/// A directory of a Debian package, in the same way.
+pub fn package_directory(package: &str, dir: &str) -> Option<PathBuf> {
+    let KernelPackage { suite, arch, .. } = DEBIAN_12;
+    found(fixtures::directory_of(suite, arch, package, dir), package)
+}
+
+fn found(file: Result<PathBuf, fixtures::Reason>, name: &str) -> Option<PathBuf> {
+    file.inspect_err(|why| println!("SKIPPED: no {name}: {why}"))
+        .ok()
 }
 
 /// A Debian kernel whose shell has these modules too.

@@ -138,24 +138,50 @@ pub fn file_of(
     if out.is_file() {
         return Ok(out);
     }
-    let deb = Apt::new(&cache, suite, arch)?.download(&cache, package)?;
+    unpacked([suite, arch, package], &cache, |root| {
+        let bytes = fs::read(newest(&root.join(dir), start)?).map_err(|e| e.to_string())?;
+        let bytes = if bytes.starts_with(&[0x1f, 0x8b]) {
+            filter("gzip", &bytes)?
+        } else {
+            bytes
+        };
+        fs::write(&out, bytes).map_err(|e| e.to_string())
+    })?;
+    Ok(out)
+}
+
+/// A directory of a package, with all that is below it.
+pub fn directory_of(suite: &str, arch: &str, package: &str, dir: &str) -> Result<PathBuf, Reason> {
+    let _one = FETCHING.lock().unwrap_or_else(PoisonError::into_inner);
+    let cache = cache_dir();
+    let out = cache.join(format!("{suite}-{arch}-{package}"));
+    if !out.is_dir() {
+        unpacked([suite, arch, package], &cache, |root| {
+            match fs::rename(root.join(dir), &out) {
+                // Another process may have been faster.
+                Err(_) if out.is_dir() => Ok(()),
+                result => result.map_err(|e| e.to_string()),
+            }
+        })?;
+    }
+    Ok(out)
+}
+
+/// Fetches a package, unpacks it, and leaves it to `take` as long as it is there.
+fn unpacked(
+    [suite, arch, package]: [&str; 3],
+    cache: &Path,
+    take: impl FnOnce(&Path) -> Result<(), Reason>,
+) -> Result<(), Reason> {
+    let deb = Apt::new(cache, suite, arch)?.download(cache, package)?;
     let root = cache.join(format!("root-{package}-{}", std::process::id()));
     fs::create_dir_all(&root).map_err(|e| e.to_string())?;
-    let made = run(Command::new("dpkg-deb").arg("-x").args([&deb, &root]))
-        .and_then(|_| newest(&root.join(dir), start))
-        .and_then(|file| {
-            let bytes = fs::read(&file).map_err(|e| e.to_string())?;
-            if bytes.starts_with(&[0x1f, 0x8b]) {
-                filter("gzip", &bytes)
-            } else {
-                Ok(bytes)
-            }
-        })
-        .and_then(|bytes| fs::write(&out, bytes).map_err(|e| e.to_string()));
-    for dir in [&root, &download_dir(&cache)] {
+    let made =
+        run(Command::new("dpkg-deb").arg("-x").args([&deb, &root])).and_then(|_| take(&root));
+    for dir in [&root, &download_dir(cache)] {
         let _ = fs::remove_dir_all(dir);
     }
-    made.map(|()| out)
+    made
 }
 
 /// The ELF kernel inside a guest's bzImage.

@@ -2,8 +2,11 @@
 //! to a Debian kernel, with variables that stay, a screen, secure boot, and in another process.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use pyrite_tests::firmware::{MINUTE, ask, esp, kernel, package_file, start, text};
+use pyrite_tests::firmware::{
+    MINUTE, ask, esp, kernel, package_directory, package_file, start, text,
+};
 use pyrite_tests::screen::{Pixels, screenshot};
 use pyrite_tests::{Scratch, Session, ctl, pyrite};
 
@@ -209,6 +212,91 @@ fn the_screen_shows_the_shell() {
     let after = screenshot(&socket, &dir);
     let grey = count(&after, GREY).saturating_sub(count(&before, GREY));
     assert!(grey > 100, "{grey} new dots are grey");
+}
+
+#[test]
+fn the_debian_installer_draws_and_takes_keys() {
+    const PACKAGE: &str = "debian-installer-12-netboot-amd64";
+    const DIR: &str = "usr/lib/debian-installer/images/12/amd64/text/debian-installer/amd64";
+    let dir = Scratch::new("uefi-installer");
+    let (Some(uefi), Some(grub)) = (uefi(), signed_grub()) else {
+        return;
+    };
+    let Some(installer) = package_directory(PACKAGE, DIR) else {
+        return;
+    };
+    let file = |name: &str| read(&installer.join(name));
+    let start_menu = "set prefix=($root)/debian-installer/amd64/grub\n\
+                      configfile $prefix/grub.cfg\n";
+    let files: [(&str, &[u8]); 12] = [
+        ("/EFI/", b""),
+        ("/EFI/BOOT/", b""),
+        ("/EFI/debian/", b""),
+        ("/EFI/BOOT/BOOTX64.EFI", &read(&grub)),
+        ("/EFI/debian/grub.cfg", start_menu.as_bytes()),
+        ("/debian-installer/", b""),
+        ("/debian-installer/amd64/", b""),
+        ("/debian-installer/amd64/grub/", b""),
+        ("/debian-installer/amd64/linux", &file("linux")),
+        ("/debian-installer/amd64/initrd.gz", &file("initrd.gz")),
+        (
+            "/debian-installer/amd64/grub/grub.cfg",
+            &file("grub/grub.cfg"),
+        ),
+        (
+            "/debian-installer/amd64/grub/font.pf2",
+            &file("grub/font.pf2"),
+        ),
+    ];
+    let Some(esp) = esp(&dir, "esp.img", &files) else {
+        return;
+    };
+    let socket = dir.0.join("control");
+    let _s = start(
+        &uefi,
+        &[
+            "--vga",
+            "std",
+            "--memory",
+            "1G",
+            "--disk",
+            text(&esp),
+            "--control",
+            text(&socket),
+        ],
+    );
+    let key = |name: &str| {
+        let pressed = std::process::Command::new(pyrite())
+            .arg("key")
+            .args([text(&socket), name])
+            .output();
+        assert!(pressed.expect("pyrite runs").status.success(), "{name}");
+    };
+    let wait = |what: &str, wanted: &dyn Fn(&Pixels) -> bool| {
+        let until = Instant::now() + 2 * MINUTE;
+        while !ctl(&socket, &["inspect"]).1.contains("vcpu0") || !wanted(&screenshot(&socket, &dir))
+        {
+            assert!(Instant::now() < until, "the screen shows no {what}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    };
+    // GRUB's menu, in the graphics mode that its configuration asks for, has a cyan frame on blue.
+    let share = |p: &Pixels, colour| {
+        100 * p.pixels.iter().filter(|c| **c == colour).count() / p.pixels.len()
+    };
+    wait("menu of GRUB", &|p| p.width == 800 && share(p, 0xa8) > 50);
+    key("enter");
+    // The kernel's own console on the framebuffer: a grey window, and the chosen line in red.
+    let chosen = |p: &Pixels| {
+        let red = |line: &[u32]| line.iter().filter(|c| **c == 0xaa_0000).count() > p.width / 4;
+        p.pixels.chunks(p.width).position(red)
+    };
+    wait("list of languages", &|p| {
+        share(p, 0xaa_aaaa) > 50 && chosen(p).is_some()
+    });
+    let first = chosen(&screenshot(&socket, &dir)).expect("a chosen line");
+    key("down");
+    wait("line below", &|p| chosen(p).is_some_and(|l| l > first));
 }
 
 #[test]
