@@ -35,21 +35,19 @@ impl ColdPlaces {
     /// now.
     pub fn is_ripe(&mut self, cache: &Cache, key: &BlockKey, note: bool) -> bool {
         let variant = key.mode & super::mode::PLAIN != 0;
-        if self.met.is_empty()
-            || variant
-            || cache.find(key).is_some()
-            || cache.movable(key).is_some()
-        {
+        if self.met.is_empty() || variant || cache.find(key).is_some() {
             return true;
         }
         let hash = BuildHasherDefault::<AddrHasher>::default().hash_one(key);
         let tag = (hash >> 32) as u32 | 1;
         let met = &mut self.met[hash as usize & (PLACES - 1)];
-        let ripe = *met == tag;
+        if *met == tag || cache.movable(key).is_some() {
+            return true;
+        }
         if note {
             *met = tag;
         }
-        ripe
+        false
     }
 }
 

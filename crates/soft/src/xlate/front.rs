@@ -23,8 +23,8 @@ mod runs;
 mod system;
 
 use iced_x86::{
-    Code, Decoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
-    Register, RflagsBits,
+    Code, Decoder, FlowControl, Instruction, InstructionInfo, InstructionInfoFactory,
+    InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register, RflagsBits,
 };
 
 use self::classify::{
@@ -166,6 +166,28 @@ impl Tools {
             exits: Vec::new(),
             list: Vec::new(),
         }
+    }
+}
+
+/// What is not wanted of what the decoder knows: finding it out takes longer than decoding.
+const NO_REGISTERS: u32 = InstructionInfoOptions::NO_REGISTER_USAGE;
+/// See [`NO_REGISTERS`].
+const NO_MEMORY: u32 = InstructionInfoOptions::NO_MEMORY_USAGE;
+
+impl Tools {
+    /// How an instruction uses memory.
+    fn memory_info(&mut self, i: &Instruction) -> &InstructionInfo {
+        self.info.info_options(i, NO_REGISTERS)
+    }
+
+    /// How it uses registers.
+    fn register_info(&mut self, i: &Instruction) -> &InstructionInfo {
+        self.info.info_options(i, NO_MEMORY)
+    }
+
+    /// How it uses its operands.
+    fn operand_info(&mut self, i: &Instruction) -> &InstructionInfo {
+        self.info.info_options(i, NO_MEMORY | NO_REGISTERS)
     }
 }
 
@@ -677,7 +699,7 @@ impl<'a> Front<'a> {
         let explicit = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
         if !explicit {
             // Implicit memory operands (pushes, strings) are not plain computation.
-            return !self.t.info.info(i).used_memory().is_empty();
+            return !self.t.memory_info(i).used_memory().is_empty();
         }
         let bit_string = matches!(
             m,
@@ -687,8 +709,7 @@ impl<'a> Front<'a> {
         if bit_string || i.is_vsib() || !self.plain_memory(i) {
             return true;
         }
-        let mem = self.t.info.info(i).used_memory().to_vec();
-        match mem.as_slice() {
+        match self.t.memory_info(i).used_memory() {
             [] => m != Mnemonic::Lea && !is_hint(m),
             [one] => {
                 one.access() != OpAccess::NoMemAccess

@@ -20,7 +20,7 @@ impl Front<'_> {
         // Spilled registers among the explicit operands, with what happens to them.
         let mut spilled: Vec<(usize, bool)> = Vec::new(); // empty, and then not allocated, as a rule
         {
-            let info = self.t.info.info(&i);
+            let info = self.t.operand_info(&i);
             for n in 0..i.op_count() {
                 if i.op_kind(n) != OpKind::Register {
                     continue;
@@ -60,7 +60,7 @@ impl Front<'_> {
         }
         if let Some(op) = mem_op {
             let (size, write) = {
-                let info = self.t.info.info(&i);
+                let info = self.t.memory_info(&i);
                 let Some(u) = info.used_memory().first() else {
                     return false;
                 };

@@ -329,7 +329,7 @@ impl Front<'_> {
                 Effect::Lost => tracks[SP].lose(n, &mut done),
             }
             if shared != 0 {
-                let info = self.t.info.info(i);
+                let info = self.t.register_info(i);
                 for u in info.used_registers() {
                     let reads_only = matches!(
                         u.access(),
@@ -375,7 +375,7 @@ impl Front<'_> {
         if stack_op(i, true) || slot(i).is_some() || i.is_jmp_near_indirect() {
             return false;
         }
-        let info = self.t.info.info(i);
+        let info = self.t.memory_info(i);
         info.used_memory()
             .iter()
             .any(|u| !matches!(u.access(), OpAccess::Read | OpAccess::CondRead))
