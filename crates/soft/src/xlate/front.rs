@@ -15,6 +15,7 @@
 //! from hardware, unless `SoftOptions::precise_flags` is on.
 
 mod classify;
+mod facts;
 mod flags;
 mod flow;
 mod liveness;
@@ -22,15 +23,13 @@ mod operand;
 mod runs;
 mod system;
 
-use iced_x86::{
-    Code, Decoder, FlowControl, Instruction, InstructionInfo, InstructionInfoFactory,
-    InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register, RflagsBits,
-};
+use iced_x86::{Code, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 use self::classify::{
     Fpu, condition, ends_block, fpu_kind, goes_on_behind, is_hint, may_keep_flags, reads_selector,
     stack_op, uses_mask, uses_vector,
 };
+use self::facts::{AllFacts, Memory};
 use self::liveness::flags_read;
 use super::cache::{Block, BlockKey, Exit, OtherEntries};
 use super::code_tlb::PageCheck;
@@ -150,7 +149,7 @@ struct Decoded {
 /// Buffers that live from block to block.
 pub struct Tools {
     e: Emitter,
-    info: InstructionInfoFactory,
+    facts: AllFacts,
     cold: Vec<Cold>,
     exits: Vec<(Exit, Label, usize)>,
     list: Vec<Decoded>,
@@ -161,33 +160,11 @@ impl Tools {
     pub fn new() -> Tools {
         Tools {
             e: Emitter::new(),
-            info: InstructionInfoFactory::new(),
+            facts: AllFacts::new(),
             cold: Vec::new(),
             exits: Vec::new(),
             list: Vec::new(),
         }
-    }
-}
-
-/// What is not wanted of what the decoder knows: finding it out takes longer than decoding.
-const NO_REGISTERS: u32 = InstructionInfoOptions::NO_REGISTER_USAGE;
-/// See [`NO_REGISTERS`].
-const NO_MEMORY: u32 = InstructionInfoOptions::NO_MEMORY_USAGE;
-
-impl Tools {
-    /// How an instruction uses memory.
-    fn memory_info(&mut self, i: &Instruction) -> &InstructionInfo {
-        self.info.info_options(i, NO_REGISTERS)
-    }
-
-    /// How it uses registers.
-    fn register_info(&mut self, i: &Instruction) -> &InstructionInfo {
-        self.info.info_options(i, NO_MEMORY)
-    }
-
-    /// How it uses its operands.
-    fn operand_info(&mut self, i: &Instruction) -> &InstructionInfo {
-        self.info.info_options(i, NO_MEMORY | NO_REGISTERS)
     }
 }
 
@@ -699,7 +676,7 @@ impl<'a> Front<'a> {
         let explicit = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
         if !explicit {
             // Implicit memory operands (pushes, strings) are not plain computation.
-            return !self.t.memory_info(i).used_memory().is_empty();
+            return self.t.facts.of(i).memory != Memory::None;
         }
         let bit_string = matches!(
             m,
@@ -709,13 +686,13 @@ impl<'a> Front<'a> {
         if bit_string || i.is_vsib() || !self.plain_memory(i) {
             return true;
         }
-        match self.t.memory_info(i).used_memory() {
-            [] => m != Mnemonic::Lea && !is_hint(m),
-            [one] => {
-                one.access() != OpAccess::NoMemAccess
-                    && !matches!(i.memory_size().size(), 1 | 2 | 4 | 8 | 10 | 16 | 32 | 64)
+        match self.t.facts.of(i).memory {
+            Memory::None => m != Mnemonic::Lea && !is_hint(m),
+            Memory::Named => false,
+            Memory::Read | Memory::Write => {
+                !matches!(i.memory_size().size(), 1 | 2 | 4 | 8 | 10 | 16 | 32 | 64)
             }
-            _ => true,
+            Memory::Several => true,
         }
     }
 

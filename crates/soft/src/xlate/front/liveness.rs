@@ -43,7 +43,7 @@ impl Front<'_> {
     /// Arithmetic flags that code at `rip` may read before it writes them.
     pub(super) fn live_at(&mut self, rip: u64, page: &[u8]) -> u32 {
         /// LIMIT: instructions that are looked at.
-        const AHEAD: usize = 6;
+        const AHEAD: usize = 3;
         let at = (rip & 0xfff) as usize;
         let Some(free) = self.looked.iter().position(|l| l.1 == 0) else {
             return ARITH;

@@ -1,8 +1,9 @@
 //! Copied instructions: operands, addresses, the soft-TLB check.
 
-use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::classify::{normalise, splittable};
+use super::facts::Memory;
 use super::{Cold, Decoded, Front, gpr_of, host_reg, reg_named};
 use crate::frame::TLB_BITS;
 use crate::interp::operand::segment_number;
@@ -20,7 +21,7 @@ impl Front<'_> {
         // Spilled registers among the explicit operands, with what happens to them.
         let mut spilled: Vec<(usize, bool)> = Vec::new(); // empty, and then not allocated, as a rule
         {
-            let info = self.t.operand_info(&i);
+            let facts = self.t.facts.of(&i);
             for n in 0..i.op_count() {
                 if i.op_kind(n) != OpKind::Register {
                     continue;
@@ -29,7 +30,7 @@ impl Front<'_> {
                     continue;
                 };
                 if host_reg(g).is_none() {
-                    let written = !matches!(info.op_access(n), OpAccess::Read | OpAccess::CondRead);
+                    let written = facts.writes(n);
                     match spilled.iter_mut().find(|(s, _)| *s == g) {
                         Some(s) => s.1 |= written,
                         None => spilled.push((g, written)),
@@ -59,13 +60,11 @@ impl Front<'_> {
             return self.lea(&d.i, &spilled);
         }
         if let Some(op) = mem_op {
-            let (size, write) = {
-                let info = self.t.memory_info(&i);
-                let Some(u) = info.used_memory().first() else {
-                    return false;
-                };
-                let write = !matches!(u.access(), OpAccess::Read | OpAccess::CondRead);
-                (i.memory_size().size(), write)
+            let size = i.memory_size().size();
+            let write = match self.t.facts.of(&i).memory {
+                Memory::None => return false,
+                Memory::Named | Memory::Read => false,
+                Memory::Write | Memory::Several => true,
             };
             if let Some((base, place)) = self.run_of_operand(d) {
                 let mut probe = i;

@@ -22,6 +22,7 @@
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 use super::classify::is_hint;
+use super::facts::Memory;
 use super::{Cold, Decoded, Front, SP, flags, gpr_of, host_reg, stack_op, system};
 use crate::xlate::emit::{Address, T0, T1};
 use crate::xlate::layout::RUN_PLACES as PLACES;
@@ -329,8 +330,7 @@ impl Front<'_> {
                 Effect::Lost => tracks[SP].lose(n, &mut done),
             }
             if shared != 0 {
-                let info = self.t.register_info(i);
-                for u in info.used_registers() {
+                for u in self.t.facts.registers(i) {
                     let reads_only = matches!(
                         u.access(),
                         OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
@@ -375,10 +375,7 @@ impl Front<'_> {
         if stack_op(i, true) || slot(i).is_some() || i.is_jmp_near_indirect() {
             return false;
         }
-        let info = self.t.memory_info(i);
-        info.used_memory()
-            .iter()
-            .any(|u| !matches!(u.access(), OpAccess::Read | OpAccess::CondRead))
+        self.t.facts.of(i).memory == Memory::Write
     }
 
     /// Emits the check of a run before instruction `d`.
