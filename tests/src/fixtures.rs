@@ -71,7 +71,7 @@ pub struct Guest {
 }
 
 /// Tests of one binary run on several threads, and several binaries may run at once.
-static FETCHING: Mutex<()> = Mutex::new(());
+pub(crate) static FETCHING: Mutex<()> = Mutex::new(());
 
 /// `target/pyrite-fixtures`, or what `PYRITE_FIXTURES` names.
 pub fn cache_dir() -> PathBuf {
@@ -262,21 +262,31 @@ fn make(
 }
 
 /// The package client with a root of its own for one suite and architecture.
-struct Apt {
+pub(crate) struct Apt {
     options: Vec<String>,
 }
 
 impl Apt {
     fn new(cache: &Path, suite: &str, arch: &str) -> Result<Apt, Reason> {
-        let dir = cache.join(format!("apt-{suite}-{arch}"));
+        let (mirror, signed_by) = host_mirror()?;
+        let line = format!("deb{signed_by} {mirror} {suite} main\n");
+        Apt::with_source(cache, &format!("{suite}-{arch}"), &line, arch)
+    }
+
+    /// With the one line `source` in its list; `name` is that of its directory.
+    pub(crate) fn with_source(
+        cache: &Path,
+        name: &str,
+        source: &str,
+        arch: &str,
+    ) -> Result<Apt, Reason> {
+        let dir = cache.join(format!("apt-{name}"));
         let (lists, archives) = (dir.join("lists"), dir.join("cache"));
         for d in [lists.join("partial"), archives.join("archives/partial")] {
             fs::create_dir_all(&d).map_err(|e| format!("{}: {e}", d.display()))?;
         }
         let sources = dir.join("sources.list");
-        let (mirror, signed_by) = host_mirror()?;
-        let line = format!("deb{signed_by} {mirror} {suite} main\n");
-        fs::write(&sources, line).map_err(|e| e.to_string())?;
+        fs::write(&sources, source).map_err(|e| e.to_string())?;
         let apt = Apt {
             options: vec![
                 // As root the client would drop to a user that cannot write here.
@@ -324,7 +334,7 @@ impl Apt {
             .ok_or_else(|| format!("{package} depends on no kernel"))
     }
 
-    fn download(&self, cache: &Path, package: &str) -> Result<PathBuf, Reason> {
+    pub(crate) fn download(&self, cache: &Path, package: &str) -> Result<PathBuf, Reason> {
         let into = download_dir(cache);
         let _ = fs::remove_dir_all(&into);
         fs::create_dir_all(&into).map_err(|e| e.to_string())?;
@@ -336,12 +346,12 @@ impl Apt {
     }
 }
 
-fn download_dir(cache: &Path) -> PathBuf {
+pub(crate) fn download_dir(cache: &Path) -> PathBuf {
     cache.join(format!("download-{}", std::process::id()))
 }
 
 /// Archive and key options of the host's first Debian source.
-fn host_mirror() -> Result<(String, String), Reason> {
+pub(crate) fn host_mirror() -> Result<(String, String), Reason> {
     const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
     let signed_by = if Path::new(KEYS).is_file() {
         format!(" [signed-by={KEYS}]")
@@ -369,7 +379,7 @@ fn host_mirror() -> Result<(String, String), Reason> {
 }
 
 /// Runs a program; its output, or what it complained about.
-fn run(command: &mut Command) -> Result<String, Reason> {
+pub(crate) fn run(command: &mut Command) -> Result<String, Reason> {
     let program = command.get_program().to_string_lossy().into_owned();
     let out = command
         .stdin(Stdio::null())

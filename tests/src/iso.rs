@@ -1,8 +1,11 @@
 //! CD images, made by hand. ECMA-119 (ISO 9660) is meant by section numbers.
 
 const SECTOR: usize = 2048;
+/// Sectors of the path table and of the boot catalog.
+const PATHS_AT: u32 = 20;
+const CATALOG_AT: u32 = 21;
 /// First sector of files.
-const FILES_AT: u32 = 20;
+const FILES_AT: u32 = 22;
 
 /// A number in both byte orders. §7.3.3.
 fn both(v: u32) -> [u8; 8] {
@@ -29,7 +32,35 @@ fn record(name: &[u8], at: u32, len: u32, directory: bool) -> Vec<u8> {
 
 /// An image whose root directory has these files. Names are like `README.TXT`.
 pub fn image(volume: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
+    build(volume, None, files)
+}
+
+/// As [`image`], and a BIOS starts `loader` from it without emulating a disk, as El Torito 1.0 has it.
+/// The loader finds out where it is from a boot information table at its start.
+pub fn bootable(volume: &str, loader: &[u8], files: &[(&str, &[u8])]) -> Vec<u8> {
+    build(volume, Some(loader), files)
+}
+
+fn sectors(bytes: &[u8]) -> u32 {
+    bytes.len().div_ceil(SECTOR) as u32
+}
+
+fn build(volume: &str, loader: Option<&[u8]>, files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut next = FILES_AT;
+    let mut loader = loader.map(<[u8]>::to_vec);
+    if let Some(loader) = &mut loader {
+        // The boot information table: volume descriptor, file, length, sum of the words behind it.
+        let words = loader.get(64..).unwrap_or_default().chunks(4);
+        let sum = words.fold(0_u32, |sum, w| {
+            let mut word = [0; 4];
+            word[..w.len()].copy_from_slice(w);
+            sum.wrapping_add(u32::from_le_bytes(word))
+        });
+        for (n, v) in [16, next, loader.len() as u32, sum].into_iter().enumerate() {
+            loader[8 + n * 4..12 + n * 4].copy_from_slice(&v.to_le_bytes());
+        }
+        next += sectors(loader);
+    }
     let mut root = record(&[0], 19, SECTOR as u32, true);
     root.extend(record(&[1], 19, SECTOR as u32, true));
     for (name, content) in files {
@@ -50,7 +81,7 @@ pub fn image(volume: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
         pvd[at + 2..at + 4].copy_from_slice(&v.to_be_bytes());
     }
     pvd[132..140].copy_from_slice(&both(10)); // path table
-    pvd[140..144].copy_from_slice(&18_u32.to_le_bytes());
+    pvd[140..144].copy_from_slice(&PATHS_AT.to_le_bytes());
     let own = record(&[0], 19, SECTOR as u32, true);
     pvd[156..156 + own.len()].copy_from_slice(&own);
     pvd[190..813].fill(b' ');
@@ -59,10 +90,27 @@ pub fn image(volume: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
         image[sector * SECTOR..sector * SECTOR + data.len()].copy_from_slice(data);
     };
     put(16, &pvd);
-    put(17, b"\xffCD001\x01");
-    put(18, &[1, 0, 19, 0, 0, 0, 1, 0, 0, 0]);
-    put(19, &root);
     let mut at = FILES_AT as usize;
+    if let Some(loader) = &loader {
+        // El Torito §2: where the catalog is; the catalog with one entry: no emulation, 4 sectors
+        // of 512 bytes.
+        let mut boot = [0; 75];
+        boot[..39].copy_from_slice(b"\0CD001\x01EL TORITO SPECIFICATION\0\0\0\0\0\0\0\0\0");
+        boot[71..75].copy_from_slice(&CATALOG_AT.to_le_bytes());
+        put(17, &boot);
+        let mut catalog = [0; 64];
+        catalog[0] = 1;
+        catalog[28..32].copy_from_slice(&[0xaa, 0x55, 0x55, 0xaa]);
+        catalog[32] = 0x88;
+        catalog[38] = 4;
+        catalog[40..44].copy_from_slice(&FILES_AT.to_le_bytes());
+        put(CATALOG_AT as usize, &catalog);
+        put(at, loader);
+        at += sectors(loader) as usize;
+    }
+    put(18 - usize::from(loader.is_none()), b"\xffCD001\x01");
+    put(PATHS_AT as usize, &[1, 0, 19, 0, 0, 0, 1, 0, 0, 0]);
+    put(19, &root);
     for (_, content) in files {
         put(at, content);
         at += content.len().div_ceil(SECTOR);

@@ -12,6 +12,8 @@ pub mod firmware;
 pub mod fixtures;
 pub mod guest;
 pub mod iso;
+pub mod packages;
+pub mod pc;
 pub mod screen;
 pub mod user_space;
 

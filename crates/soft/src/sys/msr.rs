@@ -97,6 +97,10 @@ pub fn read(v: &mut SoftVcpu, index: u32) -> Option<u64> {
         msr::IA32_PLATFORM_ID => 0,
         // EBL_CR_POWERON, core-frequency and bus-speed registers that old kernels look at.
         0x2a | 0xcd => 0,
+        // EBC_FREQUENCY_ID and PERF_STATUS, of all processors as KVM has them: memory testers take
+        // the bus speed from there, by the family alone, and have nobody to take the fault.
+        0x2c => 1 << 24,
+        0x198 => 1000 | 4 << 40,
         msr::IA32_FEATURE_CONTROL if !is_amd(v) => 1,
         msr::IA32_TSC_ADJUST if has_tsc_adjust(v) => m.tsc_adjust,
         msr::IA32_SPEC_CTRL if spec_ctrl_mask(v) != 0 => m.spec_ctrl,

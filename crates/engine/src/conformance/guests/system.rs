@@ -240,6 +240,15 @@ guest!(
         # bases must be canonical
         movl $0x00008000, %edx
         FAULT wrmsr
+        # bus and processor speed, which old programs read without being ready for a fault
+        movl $0x2a, %ecx
+        rdmsr
+        movl $0x2c, %ecx
+        rdmsr
+        TRACE_EAX
+        movl $0x198, %ecx
+        rdmsr
+        TRACE_EAX
         # an MSR that does not exist
         movl $0x12345, %ecx
         FAULT rdmsr
@@ -655,6 +664,8 @@ pub(super) const GUESTS: &[Guest] = &[
             0x10000,
             13,
             0,
+            0x0100_0000,
+            1000,
             13,
             0,
             13,
