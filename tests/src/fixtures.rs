@@ -123,6 +123,17 @@ pub fn guest_with(kernel: KernelPackage, what: &str, more: &[&str]) -> Result<Gu
     made.map(|()| guest)
 }
 
+/// The standard kernel with the drivers of every network card.
+pub fn network_guest() -> Result<Guest, Reason> {
+    let kernel = KernelPackage {
+        suite: "bookworm",
+        arch: "amd64",
+        package: "linux-image-amd64",
+    };
+    let drivers = ["e1000", "8139too", "8139cp", "ne2k_pci"];
+    guest_with(kernel, "-nics2", &drivers)
+}
+
 /// The first file of a package whose path is `dir` and whose name begins with `start`, unpacked
 /// with `gzip` if need be.
 pub fn file_of(

@@ -16,6 +16,7 @@ pub mod packages;
 pub mod pc;
 pub mod screen;
 pub mod user_space;
+pub mod vm;
 
 /// The pyrite executable of this build, built if need be.
 pub fn pyrite() -> &'static Path {

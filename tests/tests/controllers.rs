@@ -7,14 +7,11 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use pyrite_tests::fixtures::{self, Guest, KernelPackage};
-use pyrite_tests::{Scratch, Session, ctl, iso, pyrite};
+use pyrite_tests::vm::{STEP, Vm, with};
+use pyrite_tests::{Scratch, iso};
 
-const BOOT: Duration = Duration::from_secs(240);
-const STEP: Duration = Duration::from_secs(120);
-const PROMPT: &str = "root@pyrite:~# ";
 const MIB: u64 = 1 << 20;
 
 /// The standard kernel with the drivers of every controller.
@@ -40,65 +37,6 @@ fn guest() -> Option<Guest> {
             println!("skipped: {why}");
             None
         }
-    }
-}
-
-struct Vm {
-    session: Session,
-    socket: PathBuf,
-}
-
-impl Vm {
-    fn start(dir: &Scratch, name: &str, options: &[String]) -> Vm {
-        let socket = dir.0.join(name);
-        let mut command = Command::new(pyrite());
-        command
-            .args([
-                "run",
-                "--engine",
-                "soft",
-                "--net",
-                "none",
-                "--timeout",
-                "8m",
-            ])
-            .arg("--control")
-            .arg(&socket)
-            .args(options);
-        let session = Session::start(&mut command);
-        Vm { session, socket }
-    }
-
-    fn boot(dir: &Scratch, guest: &Guest, options: &[String]) -> Vm {
-        let mut all = options.to_vec();
-        for (option, value) in [("--kernel", &guest.kernel), ("--initrd", &guest.initrd)] {
-            all.extend([option.to_owned(), value.display().to_string()]);
-        }
-        all.extend(["--append".into(), "console=ttyS0 quiet".into()]);
-        let mut vm = Vm::start(dir, "first", &all);
-        vm.session.expect(PROMPT, BOOT);
-        // The shell's line editor shows what is typed, and breaks it at the edge.
-        vm.session.send("stty cols 1000\n");
-        vm.session.expect(PROMPT, STEP);
-        vm
-    }
-
-    /// What a command prints in the guest.
-    fn ask(&mut self, command: &str) -> String {
-        self.session.send(&format!("{command}; echo e''nd\n"));
-        let all = self.session.until("end\r\n", STEP);
-        self.session.expect(PROMPT, STEP);
-        let (_, output) = all.split_once('\n').unwrap_or_default();
-        output.trim_end_matches("end\r\n").trim().replace('\r', "")
-    }
-
-    fn control(&self, words: &[&str]) -> (i32, String) {
-        ctl(&self.socket, words)
-    }
-
-    fn done(&self, words: &[&str]) {
-        let (code, text) = self.control(words);
-        assert_eq!(code, 0, "{words:?}: {text}");
     }
 }
 
@@ -268,11 +206,6 @@ sh /load &
     vm.session.end(STEP);
 }
 
-fn with(pairs: &[(&str, String)]) -> Vec<String> {
-    let pair = |(o, v): &(&str, String)| [(*o).to_owned(), v.clone()];
-    pairs.iter().flat_map(pair).collect()
-}
-
 #[test]
 fn ahci() {
     let Some(guest) = guest() else { return };
@@ -280,6 +213,7 @@ fn ahci() {
     let disk = blank(&dir, "disk", 64 * MIB);
     let cds = cd_images(&dir);
     let options = with(&[
+        ("--net", "none".into()),
         (
             "--disk",
             format!("{},bus=ahci,serial=AHCI-1", disk.display()),
@@ -307,6 +241,7 @@ fn ide() {
     let disk = blank(&dir, "disk", 64 * MIB);
     let cds = cd_images(&dir);
     let options = with(&[
+        ("--net", "none".into()),
         ("--disk", format!("{},bus=ide,serial=IDE-1", disk.display())),
         ("--cdrom", format!("{},bus=ide", cds[0].display())),
         ("--memory", "256M".into()),
@@ -327,6 +262,7 @@ fn nvme() {
     let disk = blank(&dir, "disk", 64 * MIB);
     let large = blank(&dir, "large", 64 * MIB);
     let options = with(&[
+        ("--net", "none".into()),
         (
             "--disk",
             format!("{},bus=nvme,serial=NVME-1", disk.display()),
@@ -354,6 +290,7 @@ fn virtio_scsi() {
     let disk = blank(&dir, "disk", 64 * MIB);
     let cds = cd_images(&dir);
     let options = with(&[
+        ("--net", "none".into()),
         (
             "--disk",
             format!("{},bus=scsi,serial=SCSI-1", disk.display()),

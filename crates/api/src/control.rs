@@ -100,6 +100,13 @@ pub enum Command {
         /// Although the guest has locked the tray.
         force: bool,
     },
+    /// Plugs the cable of a network card in or out.
+    Link {
+        /// Number of the card, from 0.
+        card: usize,
+        /// In.
+        up: bool,
+    },
     /// Writes memory and state to a new directory; the VM then goes on.
     Snapshot {
         /// The directory, which must not exist.

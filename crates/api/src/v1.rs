@@ -10,12 +10,17 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 mod firmware;
+mod nic;
 mod screen;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
 pub use firmware::{FirmwareSpec, SmbiosSpec};
+pub use nic::{
+    CableSpec, LOSS_UNIT, MAX_NIC_QUEUES, MAX_NICS, MacAddr, NicBackend, NicModel, NicSpec,
+    RateSpec,
+};
 pub use screen::{ScreenSpec, VgaKind, VncListen, VncSpec};
 pub use snapshot::{SNAPSHOT_FORMAT, SnapshotManifest};
 
@@ -255,19 +260,32 @@ fn loopback() -> IpAddr {
     IpAddr::V4(Ipv4Addr::LOCALHOST)
 }
 
-/// The network card.
+/// The network.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetSpec {
-    /// What it is connected to.
+    /// What the one card is connected to if [`NetSpec::cards`] names none.
     #[serde(default)]
     pub kind: NetKind,
-    /// Ports that lead into the guest.
+    /// Network cards; if there are none, a virtio card as [`NetSpec::kind`] says.
+    #[serde(default)]
+    pub cards: Vec<NicSpec>,
+    /// Ports that lead into the guest, through its first card on a user network.
     #[serde(default)]
     pub forwards: Vec<ForwardSpec>,
     /// The guest may reach the host's loopback as the router's address.
     #[serde(default)]
     pub host_loopback: bool,
+}
+
+impl NetSpec {
+    /// The network cards.
+    pub fn all_cards(&self) -> Vec<NicSpec> {
+        match self.kind {
+            NetKind::User if self.cards.is_empty() => vec![NicSpec::default()],
+            _ => self.cards.clone(),
+        }
+    }
 }
 
 /// A VM.
@@ -550,11 +568,35 @@ impl VmSpec {
     }
 
     fn validate_net(&self, bad: &mut dyn FnMut(String, String)) {
-        if self.net.kind == NetKind::None && self.net.host_loopback {
+        let cards = &self.net.cards;
+        if self.net.kind == NetKind::None && !cards.is_empty() {
+            let text = "none excludes network cards; leave it out";
+            bad("net.kind".into(), text.into());
+        }
+        if cards.len() > MAX_NICS {
+            let text = format!("{} network cards; at most {MAX_NICS}", cards.len());
+            bad("net.cards".into(), text);
+        }
+        for (n, c) in cards.iter().enumerate() {
+            c.validate(&format!("net.cards[{n}]"), bad);
+            let same = |(m, o): (usize, &NicSpec)| o.mac_of(m) == c.mac_of(n);
+            if cards.iter().enumerate().take(n).any(same) {
+                let text = "two cards have this address; give them different ones with mac=";
+                bad(format!("net.cards[{n}].mac"), text.into());
+            }
+            let same = |o: &NicSpec| c.pcap.is_some() && o.pcap == c.pcap;
+            if cards.iter().take(n).any(same) {
+                let text = "two cards have this file; give each one of its own";
+                bad(format!("net.cards[{n}].pcap"), text.into());
+            }
+        }
+        let all = self.net.all_cards();
+        let user = all.iter().any(|c| c.backend == NicBackend::User);
+        if !user && self.net.host_loopback {
             bad("net.host_loopback".into(), "needs the user network".into());
         }
         let forwards = &self.net.forwards;
-        if self.net.kind == NetKind::None && !forwards.is_empty() {
+        if !user && !forwards.is_empty() {
             bad("net.forwards".into(), "need the user network".into());
         }
         if forwards.len() > MAX_FORWARDS {

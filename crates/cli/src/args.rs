@@ -7,12 +7,12 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
     BootSpec, CdromSpec, ConsoleKind, DiskBus, DiskFormat, DiskSpec, EngineKind, FloppyKind,
-    FloppySpec, ForwardSpec, ModuleSpec, NetKind, NetSpec, Protocol, ResetPolicy, SpecError,
-    VmSpec,
+    FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError, VmSpec,
 };
 use pyrite_disk::Format;
 
 use crate::firmware::FirmwareArgs;
+use crate::net::{LinkArg, NetArg};
 
 /// Runs virtual machines, with or without hardware virtualisation.
 #[derive(Debug, Parser)]
@@ -42,6 +42,10 @@ pub enum Command {
     Type(crate::screen::TypeArgs),
     /// Press keys of the keyboard of a running VM.
     Key(crate::screen::KeyArgs),
+    /// Connect VMs to each other, and to nothing else, until stopped.
+    ///
+    /// VMs join with --net switch,path=SOCKET. Only the user who started the switch can join.
+    Switch(crate::net::SwitchArgs),
     /// Make, look at, convert and check disk images.
     Image(crate::image::ImageArgs),
     /// Say what this host can do for VMs.
@@ -70,15 +74,6 @@ pub enum ConsoleArg {
     /// The virtio console, hvc0
     Virtio,
     /// No console
-    None,
-}
-
-/// Networks by name.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum NetArg {
-    /// NAT that needs no rights on the host
-    User,
-    /// No network card
     None,
 }
 
@@ -134,6 +129,13 @@ pub enum Ask {
         /// Although the guest has locked the tray
         #[arg(long)]
         force: bool,
+    },
+    /// Plug the cable of a network card in or out
+    Link {
+        /// Number of the card: 0 is the first --net
+        card: usize,
+        /// In or out
+        state: LinkArg,
     },
     /// Stop guest time
     Pause,
@@ -195,9 +197,14 @@ pub struct RunArgs {
         value_parser = parse_floppy
     )]
     pub floppies: Vec<FloppySpec>,
-    /// Network card
-    #[arg(long, value_enum, default_value = "user")]
-    pub net: NetArg,
+    /// Network card; repeatable [default: user]
+    #[arg(
+        long,
+        value_name = "BACKEND[,SETTING=VALUE]...",
+        value_parser = crate::net::parse,
+        long_help = crate::net::HELP
+    )]
+    pub net: Vec<NetArg>,
     /// Forward a port of the host into the guest; repeatable
     #[arg(
         short = 'p',
@@ -304,12 +311,9 @@ impl RunArgs {
             cdroms: self.cdroms.clone(),
             floppies: self.floppies.clone(),
             net: NetSpec {
-                kind: match self.net {
-                    NetArg::User => NetKind::User,
-                    NetArg::None => NetKind::None,
-                },
                 forwards: self.forwards.clone(),
                 host_loopback: self.host_loopback,
+                ..crate::net::spec(&self.net)
             },
             console: console.unwrap_or_default(),
             screen: self.screen.spec(),
@@ -552,7 +556,7 @@ fn parse_forward(text: &str) -> Result<ForwardSpec, String> {
 }
 
 /// Bytes from `512M`, `2G`, `2GiB`; a plain number is MiB.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub fn parse_size(text: &str) -> Result<u64, String> {
     const EXPECTED: &str = "expected a size such as 512M or 2G";
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
@@ -570,7 +574,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 /// A time from `90`, `90s`, `1500ms`, `5m`, `2h`.
-fn parse_time(text: &str) -> Result<Duration, String> {
+pub fn parse_time(text: &str) -> Result<Duration, String> {
     const EXPECTED: &str = "expected a time such as 90s or 5m";
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);

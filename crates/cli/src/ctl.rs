@@ -17,6 +17,7 @@ use pyrite_api::control::{self, Command, Message, Outcome, Request, Tree};
 
 use crate::args::{Ask, CtlArgs, DriveName};
 use crate::exit;
+use crate::net::LinkArg;
 
 /// LIMIT: connections at a time.
 const CONNECTIONS: usize = 16;
@@ -30,31 +31,12 @@ pub struct Socket {
 impl Socket {
     /// Listens at `path`. The file of a VM that is gone is replaced, anything else there is not.
     pub fn bind(path: &Path) -> Result<Socket> {
-        let what = || format!("--control: {}", path.display());
-        if let Ok(there) = fs::symlink_metadata(path) {
-            if !there.file_type().is_socket() {
-                bail!("{} is there already and is not a socket", what());
-            }
-            if UnixStream::connect(path).is_ok() {
-                bail!("{} is in use", what());
-            }
-            fs::remove_file(path).with_context(what)?;
-        }
-        // Made where nobody else can reach it, and moved when its permissions are right.
-        let dir = path.with_added_extension(format!("{}.tmp", std::process::id()));
-        fs::create_dir(&dir).with_context(what)?;
-        let made = (|| {
-            fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
-            let inside = dir.join("s");
-            let listener = UnixListener::bind(&inside)?;
-            fs::set_permissions(&inside, fs::Permissions::from_mode(0o600))?;
-            fs::rename(&inside, path)?;
-            Ok::<_, std::io::Error>(listener)
-        })();
-        let _ = fs::remove_dir_all(&dir);
+        let lives = |p: &Path| UnixStream::connect(p).is_ok();
+        let listener = bind_private(path, lives, |p| UnixListener::bind(p))
+            .with_context(|| format!("--control: {}", path.display()))?;
         Ok(Socket {
             path: path.to_owned(),
-            listener: made.with_context(what)?,
+            listener,
         })
     }
 
@@ -94,6 +76,37 @@ impl Socket {
             .context("cannot start the thread of the control socket")?;
         Ok(())
     }
+}
+
+/// Binds a socket at `path` that only its owner can connect to. The file of a listener that is gone
+/// (`lives` says no) is replaced, anything else there is not.
+pub fn bind_private<T>(
+    path: &Path,
+    lives: impl Fn(&Path) -> bool,
+    bind: impl Fn(&Path) -> std::io::Result<T>,
+) -> Result<T> {
+    if let Ok(there) = fs::symlink_metadata(path) {
+        if !there.file_type().is_socket() {
+            bail!("is there already and is not a socket");
+        }
+        if lives(path) {
+            bail!("is in use");
+        }
+        fs::remove_file(path)?;
+    }
+    // Made where nobody else can reach it, and moved when its permissions are right.
+    let dir = path.with_added_extension(format!("{}.tmp", std::process::id()));
+    fs::create_dir(&dir)?;
+    let made = (|| {
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
+        let inside = dir.join("s");
+        let listener = bind(&inside)?;
+        fs::set_permissions(&inside, fs::Permissions::from_mode(0o600))?;
+        fs::rename(&inside, path)?;
+        Ok::<_, std::io::Error>(listener)
+    })();
+    let _ = fs::remove_dir_all(&dir);
+    Ok(made?)
 }
 
 impl Drop for Socket {
@@ -169,6 +182,10 @@ fn ask(socket: &Path, what: Ask) -> Result<Outcome> {
             medium(drive, Some(path), force, ro)
         }
         Ask::Eject { drive, force } => medium(drive, None, force, false),
+        Ask::Link { card, state } => Command::Link {
+            card,
+            up: matches!(state, LinkArg::Up),
+        },
         Ask::Pause => Command::Pause,
         Ask::Resume => Command::Resume,
         Ask::Reset => Command::Reset,

@@ -12,6 +12,7 @@ mod firmware;
 mod front;
 mod image;
 mod log;
+mod net;
 mod profile;
 mod screen;
 mod signals;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         Command::Screenshot(args) => screen::screenshot(&args),
         Command::Type(args) => screen::type_text(&args),
         Command::Key(args) => screen::key(&args),
+        Command::Switch(args) => net::switch(&args),
         Command::Image(args) => image::run(args),
         Command::Doctor => doctor::run(),
         Command::Vmm => vmm(),

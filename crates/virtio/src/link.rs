@@ -208,6 +208,11 @@ impl DriverLink {
         })
     }
 
+    /// Entries of a queue's ring as the driver has set it up.
+    pub fn queue_len(&self, index: usize) -> usize {
+        self.queue(index).map_or(0, |q| usize::from(q.state().size))
+    }
+
     /// True if a chain is there to be taken; the driver notifies otherwise.
     pub fn has_avail(&self, index: usize) -> bool {
         self.with(index, |q, memory| {

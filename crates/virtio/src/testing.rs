@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use pyrite_disk::{BlockBackend, BlockRequest, Completion, DiskError, DiskInfo, IoBuf};
 use pyrite_mem::GuestMemory;
-use pyrite_net::{FrameSink, NetBackend};
+use pyrite_net::{FrameSink, NetBackend, Offload};
 use pyrite_vdev::bus::lock;
 use pyrite_vdev::{IrqLine, IrqSink, Lifecycle, MsiMessage, MsiSink, PciFunction};
 
@@ -414,8 +414,12 @@ impl NetBackend for LoopbackNet {
         *lock(&self.sink) = Some(sink);
     }
     fn transmit(&self, frame: &[u8]) {
+        self.transmit_offloaded(frame, &Offload::NONE);
+    }
+    fn transmit_offloaded(&self, frame: &[u8], offload: &Offload) {
         self.sent.fetch_add(1, Ordering::SeqCst);
-        if !self.deliver(frame) {
+        let sink = lock(&self.sink).clone().unwrap();
+        if !sink.receive_offloaded(frame, offload) {
             lock(&self.waiting).push(frame.to_vec());
         }
     }

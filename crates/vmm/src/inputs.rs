@@ -42,6 +42,14 @@ pub fn check(spec: &VmSpec, with_boot: bool) -> Vec<SpecError> {
     if let Err((n, problem)) = crate::machine::floppy_kinds(spec) {
         errors.push(SpecError::new(format!("floppies[{n}].path"), problem));
     }
+    for (n, card) in spec.net.cards.iter().enumerate() {
+        if let Some(path) = &card.pcap
+            && let Err(problem) = crate::output::check(path)
+        {
+            let problem = format!("{}: {problem}", path.display());
+            errors.push(SpecError::new(format!("net.cards[{n}].pcap"), problem));
+        }
+    }
     if let Some(path) = &spec.vsock {
         errors.extend(check_vsock(path).err());
     }

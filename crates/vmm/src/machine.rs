@@ -8,9 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use pyrite_api::v1::{
-    ConsoleKind, DiskBus, DiskFormat, DiskSpec, NetKind, NetSpec, Protocol, SpecError, VmSpec,
-};
+use pyrite_api::v1::{ConsoleKind, DiskBus, DiskFormat, DiskSpec, SpecError, VmSpec};
 use pyrite_devices::acpi_pm::AcpiPm;
 use pyrite_devices::chipset::{Chipset, ChipsetConfig};
 use pyrite_devices::display::vga::Vga;
@@ -22,8 +20,7 @@ use pyrite_disk::raw::RawDisk;
 use pyrite_disk::{BlockBackend, BlockRequest, Format, ImageDisk};
 use pyrite_engine::{CpuIo, CpuidTable, Irqfd, Vm, VmConfig};
 use pyrite_mem::{GuestMemory, LEGACY_END, LEGACY_START};
-use pyrite_net::NetBackend;
-use pyrite_net::usernet::{Forward, ForwardProtocol, Usernet, UsernetConfig};
+use pyrite_net::Cable;
 use pyrite_vdev::bus::lock;
 use pyrite_vdev::pci::{DoorbellAt, DoorbellSink};
 use pyrite_vdev::{
@@ -31,8 +28,8 @@ use pyrite_vdev::{
     VmClock,
 };
 use pyrite_virtio::{
-    Balloon, BalloonControl, Blk, BlkConfig, Console as VirtioConsole, Net, NetConfig, PortConfig,
-    Rng, VirtioDevice, VirtioPciDevice, Vsock, VsockConfig,
+    Balloon, BalloonControl, Blk, BlkConfig, Console as VirtioConsole, PortConfig, Rng,
+    VirtioDevice, VirtioPciDevice, Vsock, VsockConfig,
 };
 
 use crate::display::Screen;
@@ -47,6 +44,7 @@ use crate::run::console::Console;
 mod doorbell_tests;
 mod drives;
 mod floppies;
+mod nics;
 mod screen;
 #[cfg(test)]
 mod tests;
@@ -106,6 +104,8 @@ pub struct Machine {
     /// Trays of the CD drives.
     trays: Vec<Arc<Tray>>,
     floppies: floppies::FloppyDrives,
+    /// Cables of the network cards.
+    cables: Vec<Arc<dyn Cable>>,
     /// The engine's VM.
     pub vm: Arc<dyn Vm>,
     /// Its CPUID, before per-vCPU fields.
@@ -275,13 +275,18 @@ impl Machine {
         let mut slots = Slots {
             chipset: &chipset,
             memory: &memory,
+            clock: &clock,
             msi: link.clone(),
             doorbells: engine.signals_descriptors(),
             next: FIRST_SLOT,
             units: &mut units,
             boot: BootDevices::new(),
         };
-        let (balloon, mut image_disks) = plug_devices(spec, &console, &mut slots)?;
+        let Plugged {
+            balloon,
+            mut image_disks,
+            cables,
+        } = plug_devices(spec, &console, &mut slots)?;
         let screen = screen::plug(spec, &mut slots)?;
         let input = Input::new(&chipset.i8042).map_err(|e| host("input")(e.into()))?;
         let trays = drives::plug(spec, &mut slots, &mut image_disks)?;
@@ -330,6 +335,7 @@ impl Machine {
             image_disks,
             trays,
             floppies,
+            cables,
             vm,
             cpuid,
             console,
@@ -379,6 +385,7 @@ impl Machine {
 struct Slots<'a> {
     chipset: &'a Chipset,
     memory: &'a Arc<GuestMemory>,
+    clock: &'a Arc<VmClock>,
     msi: Arc<dyn MsiSink>,
     /// Devices are notified by event descriptors.
     doorbells: bool,
@@ -435,11 +442,18 @@ impl Slots<'_> {
     }
 }
 
-/// The balloon's control, if there is one, and the disks whose images hold state in memory.
-type Plugged = (Option<BalloonControl>, Vec<Arc<dyn BlockBackend>>);
+/// What the host holds of devices that were plugged.
+struct Plugged {
+    /// The balloon's control, if there is one.
+    balloon: Option<BalloonControl>,
+    /// The disks whose images hold state in memory.
+    image_disks: Vec<Arc<dyn BlockBackend>>,
+    /// Cables of the network cards.
+    cables: Vec<Arc<dyn Cable>>,
+}
 
-/// The virtio devices of a specification, in slot order: disks, network, console, entropy,
-/// balloon, vsock. Returns the control of the balloon.
+/// The virtio devices of a specification, in slot order: disks, network (any cards), console,
+/// entropy, balloon, vsock.
 fn plug_devices(
     spec: &VmSpec,
     console: &Console,
@@ -461,16 +475,7 @@ fn plug_devices(
         )?;
         slots.name_boot_device(format!("disk{n}"), "scsi", "/disk@0,0");
     }
-    if spec.net.kind == NetKind::User {
-        let backend = user_network(&spec.net)?;
-        // Locally administered; one VM has one card.
-        let mac = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
-        slots.plug(
-            "virtio-net0",
-            Box::new(Net::new(backend, NetConfig::new(mac))),
-        )?;
-        slots.name_boot_device("net0".into(), "ethernet", "/ethernet-phy@0");
-    }
+    let cables = nics::plug(spec, slots)?;
     if spec.console == ConsoleKind::Virtio {
         let port = PortConfig {
             name: String::new(),
@@ -481,10 +486,10 @@ fn plug_devices(
     }
     let rng = Rng::new().map_err(|e| host("entropy source")(e.into()))?;
     slots.plug("virtio-rng0", Box::new(rng))?;
-    let mut control = None;
+    let mut balloon_control = None;
     if spec.balloon {
         let balloon = Balloon::new().map_err(|e| host("memory balloon")(e.into()))?;
-        control = Some(balloon.control());
+        balloon_control = Some(balloon.control());
         slots.plug("virtio-balloon0", Box::new(balloon))?;
     }
     if let Some(path) = &spec.vsock {
@@ -496,7 +501,11 @@ fn plug_devices(
             .map_err(|e| input("vsock", format!("cannot listen on {}: {e}", path.display())))?;
         slots.plug("virtio-vsock0", Box::new(vsock))?;
     }
-    Ok((control, image_disks))
+    Ok(Plugged {
+        balloon: balloon_control,
+        image_disks,
+        cables,
+    })
 }
 
 /// The file for the output of a port, or nothing.
@@ -540,27 +549,4 @@ pub(crate) fn open_options(disk: &DiskSpec) -> OpenOptions {
             References::Refuse
         },
     }
-}
-
-fn user_network(spec: &NetSpec) -> Result<Arc<dyn NetBackend>, AssemblyError> {
-    let forwards = spec
-        .forwards
-        .iter()
-        .map(|f| Forward {
-            protocol: match f.protocol {
-                Protocol::Tcp => ForwardProtocol::Tcp,
-                Protocol::Udp => ForwardProtocol::Udp,
-            },
-            listen: (f.host_addr, f.host_port).into(),
-            guest: None,
-            guest_port: f.guest_port,
-        })
-        .collect();
-    let config = UsernetConfig {
-        forwards,
-        host_loopback: spec.host_loopback,
-        ..UsernetConfig::default()
-    };
-    let net = Usernet::new(config).map_err(|e| input("net.forwards", e.to_string()))?;
-    Ok(Arc::new(net))
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use pyrite_api::control::{self, Ending, Event as Notice, Hello, Message, PROTOCOL};
-use pyrite_api::v1::{ConsoleKind, ScreenSpec, SpecError, VmSpec, VncListen};
+use pyrite_api::v1::{ConsoleKind, NetSpec, NicSpec, ScreenSpec, SpecError, VmSpec, VncListen};
 
 use crate::engines::{self, Engine};
 use crate::machine::{AssemblyError, Machine};
@@ -76,19 +76,49 @@ pub fn serve(mut control: UnixStream, console: UnixStream) -> Result<()> {
     Ok(())
 }
 
-/// The specification of a snapshot with what the command says about this run.
-fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
-    let mut net = saved.net.clone();
-    if !now.net.forwards.is_empty() {
-        net.forwards = now.net.forwards.clone();
+/// The network of a snapshot, plugged in as the command says about this run: cards stay what the
+/// guest knows, but what reaches the host is granted by who runs the VM, not by a file.
+fn merge_net(now: &NetSpec, saved: &NetSpec) -> Result<NetSpec, SpecError> {
+    let mut net = saved.clone();
+    if !now.forwards.is_empty() {
+        net.forwards = now.forwards.clone();
     }
-    // A grant is given by who runs the VM, not by a file.
-    net.host_loopback = now.net.host_loopback;
+    net.host_loopback = now.host_loopback;
+    if !now.cards.is_empty() && now.cards.len() != saved.all_cards().len() {
+        let problem = format!(
+            "the snapshot has {} network cards; give as many, or none to plug them into user \
+             networks",
+            saved.all_cards().len()
+        );
+        return Err(SpecError::new("net.cards", problem));
+    }
+    for (n, card) in net.cards.iter_mut().enumerate() {
+        let now = now.cards.get(n).cloned().unwrap_or_default();
+        card.backend = now.backend;
+        card.pcap = now.pcap;
+        card.cable = now.cable;
+    }
+    if net.cards.is_empty()
+        && let [one] = now.cards.as_slice()
+    {
+        net.cards = vec![NicSpec {
+            backend: one.backend.clone(),
+            pcap: one.pcap.clone(),
+            cable: one.cable,
+            ..NicSpec::default()
+        }];
+    }
+    Ok(net)
+}
+
+/// The specification of a snapshot with what the command says about this run.
+fn merge(now: &VmSpec, saved: VmSpec) -> Result<VmSpec, SpecError> {
+    let net = merge_net(&now.net, &saved.net)?;
     let screen = ScreenSpec {
         vnc: now.screen.vnc.clone(),
         ..saved.screen.clone()
     };
-    VmSpec {
+    Ok(VmSpec {
         engine: now.engine,
         code_cache_bytes: now.code_cache_bytes,
         reset: now.reset,
@@ -101,7 +131,7 @@ fn merge(now: &VmSpec, saved: VmSpec) -> VmSpec {
         net,
         screen,
         ..saved
-    }
+    })
 }
 
 fn assemble(
@@ -117,7 +147,7 @@ fn assemble(
             let problem = format!("{}: {e}", dir.display());
             AssemblyError::Input(vec![SpecError::new("restore", problem)])
         })?;
-        spec = merge(&spec, m.0.spec.clone());
+        spec = merge(&spec, m.0.spec.clone()).map_err(|e| AssemblyError::Input(vec![e]))?;
         manifest = Some(m);
     }
     spec.validate().map_err(AssemblyError::Input)?;

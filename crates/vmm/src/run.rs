@@ -473,6 +473,10 @@ impl Running {
                 };
                 changed.map(|()| Outcome::Done)
             }
+            Command::Link { card, up } => {
+                let set = self.d.machine.set_link(card, up);
+                set.map(|()| Outcome::Done)
+            }
             // Often asked for, and much cheaper alone.
             Command::Inspect { path } if path == "vm" => {
                 Ok(Outcome::Tree(tree(&self.d.machine.vm.inspect())))

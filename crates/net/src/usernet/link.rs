@@ -16,9 +16,10 @@ use super::Shared;
 use super::config::UsernetConfig;
 use super::counters::{count, count_by};
 use super::{arp, ndp};
-use crate::{FrameSink, Offloads};
+use crate::offload::{Checksum as Unfilled, Segment};
+use crate::{FrameSink, Offload, Offloads};
 
-/// LIMIT: frames kept for a guest without buffers. TCP data never waits here.
+/// LIMIT: frames kept for a guest without buffers. Of TCP data, one frame at most waits here.
 const PENDING_FRAMES: usize = 256;
 /// LIMIT: addresses of the guest that are remembered.
 const NEIGHBORS: usize = 64;
@@ -37,7 +38,11 @@ pub(super) struct Link {
     pub(super) offloads: Offloads,
     /// The frame being built; its allocation is reused.
     frame: Vec<u8>,
-    pending: VecDeque<Vec<u8>>,
+    /// What is left out of it.
+    offload: Offload,
+    pending: VecDeque<(Vec<u8>, Offload)>,
+    /// The frame from the guest that is being handled has no checksum of TCP or UDP.
+    pub(super) unchecked: bool,
     /// Most recently seen first.
     neighbors: Vec<(IpAddr, EthernetAddress)>,
     asked: Vec<(IpAddr, Instant)>,
@@ -56,6 +61,8 @@ impl Link {
             config,
             offloads: Offloads::default(),
             frame: Vec::new(),
+            offload: Offload::NONE,
+            unchecked: false,
             pending: VecDeque::new(),
             neighbors: Vec::new(),
             asked: Vec::new(),
@@ -86,15 +93,15 @@ impl Link {
             return;
         };
         while !self.pending.is_empty() && sink.ready() {
-            let Some(frame) = self.pending.pop_front() else {
+            let Some((frame, offload)) = self.pending.pop_front() else {
                 break;
             };
-            if sink.receive(&frame) {
-                count(&self.shared.counters.frames_to_guest);
-                count_by(&self.shared.counters.bytes_to_guest, frame.len());
-            } else {
-                count(&self.shared.counters.guest_drops);
+            if !sink.receive_offloaded(&frame, &offload) {
+                self.pending.push_front((frame, offload));
+                break;
             }
+            count(&self.shared.counters.frames_to_guest);
+            count_by(&self.shared.counters.bytes_to_guest, frame.len());
         }
     }
 
@@ -105,16 +112,19 @@ impl Link {
 
     /// Hands over the frame that was built; keeps a bounded number for later.
     fn deliver(&mut self) -> bool {
+        let offload = std::mem::take(&mut self.offload);
         if self.ready()
             && let Some(sink) = &self.sink
+            && sink.receive_offloaded(&self.frame, &offload)
         {
-            if sink.receive(&self.frame) {
-                count(&self.shared.counters.frames_to_guest);
-                count_by(&self.shared.counters.bytes_to_guest, self.frame.len());
-                return true;
-            }
-        } else if self.sink.is_some() && self.pending.len() < PENDING_FRAMES {
-            self.pending.push_back(self.frame.clone());
+            count(&self.shared.counters.frames_to_guest);
+            count_by(&self.shared.counters.bytes_to_guest, self.frame.len());
+            return true;
+        }
+        // A card that is ready may still have no room for a long frame: it is the last one until
+        // there is.
+        if self.sink.is_some() && self.pending.len() < PENDING_FRAMES {
+            self.pending.push_back((self.frame.clone(), offload));
             return true;
         }
         count(&self.shared.counters.guest_drops);
@@ -124,21 +134,51 @@ impl Link {
     /// Checksums to verify in what the guest sends.
     pub(super) fn checksums_in(&self) -> ChecksumCapabilities {
         let mut caps = ChecksumCapabilities::default();
-        if self.offloads.from_guest_unchecked {
+        if self.unchecked {
             caps.tcp = Checksum::None;
             caps.udp = Checksum::None;
         }
         caps
     }
 
-    /// Checksums to fill in for the guest.
+    /// Checksums to fill in for the guest, but those of TCP.
     pub(super) fn checksums_out(&self) -> ChecksumCapabilities {
-        let mut caps = ChecksumCapabilities::default();
-        if self.offloads.to_guest_unchecked {
-            caps.tcp = Checksum::None;
-            caps.udp = Checksum::None;
+        ChecksumCapabilities::default()
+    }
+
+    /// Longest IP packet with TCP for the guest, if it is larger than the MTU.
+    pub(super) fn large_segment(&self, v4: bool) -> usize {
+        let o = &self.offloads;
+        match (o.to_guest_unchecked, v4) {
+            (false, _) => 0,
+            (true, true) => o.to_guest_segment_bytes as usize,
+            (true, false) => o.to_guest_segment_bytes_v6 as usize,
         }
-        caps
+    }
+
+    /// Leaves the TCP checksum of the next segment out if the guest wants it so; a segment of
+    /// `len` bytes with more than `segment_bytes` of payload is to be seen as several of those.
+    /// True if the pseudo-header's sum goes in place of the checksum.
+    pub(super) fn leave_out(
+        &mut self,
+        v4: bool,
+        payload_bytes: usize,
+        segment_bytes: usize,
+    ) -> bool {
+        if !self.offloads.to_guest_unchecked {
+            return false;
+        }
+        let ip = if v4 { IPV4_HEADER_LEN } else { IPV6_HEADER_LEN };
+        self.offload = Offload {
+            checksum: Some(Unfilled {
+                start: (ETHERNET_HEADER_LEN + ip) as u16,
+                offset: 16,
+            }),
+            segment: (payload_bytes > segment_bytes).then_some(Segment {
+                payload_bytes: segment_bytes.min(usize::from(u16::MAX)) as u16,
+            }),
+        };
+        true
     }
 
     /// Remembers that `ip` is at `mac`.
@@ -250,10 +290,13 @@ impl Link {
         len: usize,
         fill: impl FnOnce(&mut [u8]),
     ) -> bool {
+        // Asking for the address sends frames of its own.
+        let offload = std::mem::take(&mut self.offload);
         let Some(mac) = self.resolve(dst) else {
             count(&self.shared.counters.guest_drops);
             return false;
         };
+        self.offload = offload;
         self.send_ip_to(mac, src, dst, protocol, len, HOP_LIMIT, fill)
     }
 
@@ -313,7 +356,8 @@ impl Link {
         }
     }
 
-    fn drop_for_guest(&self) -> bool {
+    fn drop_for_guest(&mut self) -> bool {
+        self.offload = Offload::NONE;
         count(&self.shared.counters.guest_drops);
         false
     }

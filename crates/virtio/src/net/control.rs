@@ -15,6 +15,10 @@ const VIRTIO_NET_CTRL_MAC_TABLE_SET: u8 = 0;
 const VIRTIO_NET_CTRL_MAC_ADDR_SET: u8 = 1;
 const VIRTIO_NET_CTRL_ANNOUNCE: u8 = 3;
 const VIRTIO_NET_CTRL_ANNOUNCE_ACK: u8 = 0;
+const VIRTIO_NET_CTRL_MQ: u8 = 4;
+const VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET: u8 = 0;
+const VIRTIO_NET_CTRL_GUEST_OFFLOADS: u8 = 5;
+const VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET: u8 = 0;
 
 /// LIMIT: addresses kept of one table; more make the filter let all of that kind through.
 const MAX_TABLE: usize = 64;
@@ -131,8 +135,16 @@ fn parse_table(data: &[u8]) -> Option<(Vec<Mac>, bool, &[u8])> {
     Some((table.as_chunks::<6>().0.to_vec(), false, rest))
 }
 
+/// What commands may ask for.
+pub(super) struct Limits {
+    /// Queue pairs.
+    pub(super) pairs: u16,
+    /// Offloads that were negotiated.
+    pub(super) offloads: u64,
+}
+
 /// Executes the command in `chain` and returns the acknowledgement.
-pub(super) fn execute(link: &DriverLink, chain: &Chain, card: &mut Card) -> u8 {
+pub(super) fn execute(link: &DriverLink, chain: &Chain, card: &mut Card, limits: &Limits) -> u8 {
     let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
     if len > MAX_COMMAND_BYTES {
         return VIRTIO_NET_ERR;
@@ -170,6 +182,34 @@ pub(super) fn execute(link: &DriverLink, chain: &Chain, card: &mut Card) -> u8 {
             card.announce = false;
             VIRTIO_NET_OK
         }
+        Some(
+            &[
+                VIRTIO_NET_CTRL_MQ,
+                VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+                low,
+                high,
+            ],
+        ) => {
+            let pairs = u16::from_le_bytes([low, high]);
+            if pairs == 0 || pairs > limits.pairs {
+                return VIRTIO_NET_ERR;
+            }
+            card.pairs = pairs;
+            VIRTIO_NET_OK
+        }
+        Some(
+            [
+                VIRTIO_NET_CTRL_GUEST_OFFLOADS,
+                VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET,
+                offloads @ ..,
+            ],
+        ) => match offloads.first_chunk() {
+            Some(o) if u64::from_le_bytes(*o) & !limits.offloads == 0 => {
+                card.offloads = u64::from_le_bytes(*o);
+                VIRTIO_NET_OK
+            }
+            _ => VIRTIO_NET_ERR,
+        },
         _ => VIRTIO_NET_ERR,
     }
 }

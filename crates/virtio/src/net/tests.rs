@@ -1,16 +1,21 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use pyrite_net::offload::sample_segment;
 use pyrite_vdev::Lifecycle;
 use pyrite_vdev::bus::lock;
 
-use super::{CTRL, Net, NetConfig, RX, TX};
+use pyrite_net::Cable;
+
+use super::{Net, NetConfig, TX};
 use crate::testing::{BUFFERS_AT, Bench, LoopbackNet, fuzz_one, noise};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const TX_AT: u64 = BUFFERS_AT;
 const RX_AT: u64 = BUFFERS_AT + 0x1_0000;
 const ALL: u64 = !(1 << 34);
+const RX: usize = 0;
+const CTRL: usize = 2;
 
 fn bench() -> (Arc<LoopbackNet>, Bench) {
     let net = Arc::new(LoopbackNet::default());
@@ -163,6 +168,110 @@ fn restored_guest_is_asked_to_announce_itself() {
     assert_eq!(other.config_bytes(6, 1), [3]);
     assert_eq!(command(&mut other, &[3, 0]), 0);
     assert_eq!(other.config_bytes(6, 1), [1]);
+}
+
+/// Sends a frame behind a header.
+fn send_with(b: &mut Bench, queue: usize, header: &[u8; 12], frame: &[u8]) {
+    b.memory.write(TX_AT, header).unwrap();
+    b.memory.write(TX_AT + 12, frame).unwrap();
+    b.add(queue, &[(TX_AT, 12 + frame.len() as u32, false)]);
+    b.kick(queue);
+    assert!(b.used(queue).is_some());
+}
+
+#[test]
+fn segments_go_out_whole_and_come_back_as_the_driver_wants_them() {
+    for v6 in [false, true] {
+        let (net, mut b) = bench();
+        b.up(ALL);
+        let (segment, offload) = sample_segment(v6, &[7; 5000]);
+        let (start, _) = pyrite_net::vnet::encode(&segment, &offload).unwrap();
+        let mut header = [0; 12];
+        header[..10].copy_from_slice(&start);
+        b.add(RX, &[(RX_AT, 8000, true)]);
+        send_with(&mut b, TX, &header, &segment);
+        // The other end of the cable is the card itself.
+        assert_eq!(net.sent.load(Ordering::SeqCst), 1);
+        assert_eq!(b.used(RX).map(|u| u.1), Some(segment.len() as u32 + 12));
+        assert_eq!(b.bytes(RX_AT, 10), start);
+        assert_eq!(b.bytes(RX_AT + 12, segment.len()), segment);
+        // Turned off, the guest gets frames of a wire.
+        assert_eq!(command(&mut b, &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]), 0);
+        for n in 0..6 {
+            b.add(RX, &[(RX_AT + n * 0x800, 2000, true)]);
+        }
+        send_with(&mut b, TX, &header, &segment);
+        for n in 0..5 {
+            let (id, len) = b.used(RX).map(|u| (u.0, u.1)).unwrap();
+            let f = b.bytes(RX_AT + n * 0x800 + 12, len as usize - 12);
+            let h = pyrite_net::offload::headers(&f).unwrap();
+            assert_eq!(h.transport_checksum_right(&f), Some(true), "{n} {id}");
+            assert_eq!(b.bytes(RX_AT + n * 0x800, 1), [0]);
+        }
+        // What was not negotiated cannot be turned on.
+        assert_eq!(command(&mut b, &[5, 0, 0, 4, 0, 0, 0, 0, 0, 0]), 1);
+    }
+}
+
+#[test]
+fn headers_that_were_not_negotiated_are_dropped() {
+    let (net, mut b) = bench();
+    b.up(ALL & !(1 << 11 | 1 << 0));
+    let (segment, offload) = sample_segment(false, &[7; 5000]);
+    let (start, _) = pyrite_net::vnet::encode(&segment, &offload).unwrap();
+    let mut header = [0; 12];
+    header[..10].copy_from_slice(&start);
+    send_with(&mut b, TX, &header, &segment);
+    header[1] = 0;
+    send_with(&mut b, TX, &header, &segment);
+    header[0] = 0;
+    header[1] = 3;
+    send_with(&mut b, TX, &header, &segment);
+    assert_eq!(net.sent.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn flows_come_back_in_the_pair_that_sends_them() {
+    let net = Arc::new(LoopbackNet::default());
+    let config = NetConfig {
+        pairs: 2,
+        ..NetConfig::new(MAC)
+    };
+    let mut b = Bench::new(Net::new(Arc::clone(&net) as _, config.clone()));
+    b.up(ALL);
+    assert_eq!(b.config_bytes(8, 2), [2, 0]);
+    let control = 4;
+    let pairs = |b: &mut Bench, n: u8| {
+        b.memory.write(TX_AT, &[4, 0, n, 0]).unwrap();
+        b.add(control, &[(TX_AT, 4, false), (RX_AT, 1, true)]);
+        b.kick(control);
+        assert!(b.used(control).is_some());
+        b.bytes(RX_AT, 1)[0]
+    };
+    assert_eq!(
+        (pairs(&mut b, 0), pairs(&mut b, 3), pairs(&mut b, 2)),
+        (1, 1, 0)
+    );
+    let (f, _) = sample_segment(false, b"hello");
+    for (rx, tx) in [(0, 1), (2, 3), (0, 1)] {
+        b.add(rx, &[(RX_AT, 2000, true)]);
+        send_with(&mut b, tx, &[0; 12], &f);
+        assert!(b.used(rx).is_some(), "{rx}");
+    }
+    // The number of pairs moves along.
+    let net = Arc::new(LoopbackNet::default());
+    let other = Bench::with_memory(Arc::clone(&b.memory), Net::new(net, config));
+    b.save_restore_save(&other);
+    // Without the feature there is one pair, and the control queue comes after it.
+    let mut b = Bench::new(Net::new(
+        Arc::new(LoopbackNet::default()),
+        NetConfig {
+            pairs: 2,
+            ..NetConfig::new(MAC)
+        },
+    ));
+    b.up(ALL & !(1 << 22));
+    assert_eq!(command(&mut b, &[0, 1, 1]), 0);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
-use pyrite_api::v1::NetSpec;
+use pyrite_api::v1::{NetKind, NetSpec};
 use pyrite_engine::{StopReason, Vcpu};
 use pyrite_state::Inspect;
 

@@ -24,6 +24,7 @@ use super::super::counters::{Counters, count};
 use super::super::link::Link;
 use super::super::sys;
 use super::ring::{Budget, Ring};
+use crate::offload;
 
 /// Retransmission time-out limits. The lower one is above the delayed ACK of common guests.
 const RTO_MIN: Duration = Duration::from_millis(250);
@@ -258,7 +259,8 @@ impl Conn {
     fn segment_limit(&self, link: &Link) -> usize {
         let headers = self.ip_header_len() + TCP_HEADER_LEN;
         let by_mtu = usize::from(link.config().mtu) - headers;
-        let large = (link.offloads.to_guest_segment_bytes as usize)
+        let large = link
+            .large_segment(self.flow.guest.is_ipv4())
             .min(usize::from(u16::MAX))
             .saturating_sub(headers);
         self.mss.min(by_mtu).max(large)
@@ -314,7 +316,8 @@ impl Conn {
         };
         self.ack_now = false;
         let (a, b) = self.tx.filled(offset, len);
-        send_segment(ctx.link, self.flow, &repr, a, b)
+        let mss = self.mss.min(usize::from(ctx.link.config().mtu) - headers);
+        send_segment(ctx.link, self.flow, &repr, a, b, mss)
     }
 
     fn emit_ack(&mut self, ctx: &mut Ctx<'_>) {
@@ -893,28 +896,56 @@ pub(super) fn connect_failure(error: &std::io::Error) -> ConnectFailure {
     }
 }
 
-/// Sends a segment with a payload in two pieces.
-fn send_segment(link: &mut Link, flow: Flow, repr: &TcpRepr<'_>, a: &[u8], b: &[u8]) -> bool {
+/// Sends a segment with a payload in two pieces. The guest, if it takes more than `mss` bytes in
+/// one frame, is to see several segments of that length.
+fn send_segment(
+    link: &mut Link,
+    flow: Flow,
+    repr: &TcpRepr<'_>,
+    a: &[u8],
+    b: &[u8],
+    mss: usize,
+) -> bool {
     let (src, dst): (IpAddr, IpAddr) = (flow.remote.ip(), flow.guest.ip());
-    let checksums = link.checksums_out();
+    let left_out = link.leave_out(src.is_ipv4(), a.len() + b.len(), mss);
     let header = repr.header_len();
-    link.send_ip(
-        src,
-        dst,
-        IpProtocol::Tcp,
-        header + a.len() + b.len(),
-        |out| {
-            let mut packet = TcpPacket::new_unchecked(out);
-            let ignored = smoltcp::phy::ChecksumCapabilities::ignored();
-            repr.emit(&mut packet, &src.into(), &dst.into(), &ignored);
-            let body = packet.payload_mut();
-            body[..a.len()].copy_from_slice(a);
-            body[a.len()..].copy_from_slice(b);
-            if checksums.tcp.tx() {
-                packet.fill_checksum(&src.into(), &dst.into());
-            }
-        },
-    )
+    let length = header + a.len() + b.len();
+    link.send_ip(src, dst, IpProtocol::Tcp, length, |out| {
+        let mut packet = TcpPacket::new_unchecked(&mut *out);
+        let ignored = smoltcp::phy::ChecksumCapabilities::ignored();
+        repr.emit(&mut packet, &src.into(), &dst.into(), &ignored);
+        let body = packet.payload_mut();
+        body[..a.len()].copy_from_slice(a);
+        body[a.len()..].copy_from_slice(b);
+        let pseudo = pseudo_sum(src, dst, length);
+        let sum = if left_out {
+            pseudo
+        } else {
+            packet.set_checksum(0);
+            let body = u32::from(offload::ones_sum(out)) + u32::from(pseudo);
+            !((body & 0xffff) + (body >> 16)) as u16
+        };
+        TcpPacket::new_unchecked(out).set_checksum(sum);
+    })
+}
+
+/// Sum of the pseudo-header of a segment (RFC 9293 §3.1), folded.
+fn pseudo_sum(src: IpAddr, dst: IpAddr, length: usize) -> u16 {
+    let mut addresses = [0; 32];
+    match (src, dst) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => {
+            addresses[..4].copy_from_slice(&a.octets());
+            addresses[4..8].copy_from_slice(&b.octets());
+        }
+        (IpAddr::V6(a), IpAddr::V6(b)) => {
+            addresses[..16].copy_from_slice(&a.octets());
+            addresses[16..].copy_from_slice(&b.octets());
+        }
+        _ => {}
+    }
+    let sum = u32::from(offload::ones_sum(&addresses)) + u32::from(u8::from(IpProtocol::Tcp));
+    let sum = sum + (length as u32 & 0xffff) + (length as u32 >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
 /// Answers a segment that belongs to no connection with a reset (RFC 9293 §3.10.7.1).
@@ -941,5 +972,5 @@ pub(super) fn reset_for(link: &mut Link, counters: &Counters, flow: Flow, seg: &
         timestamp: None,
         payload: &[],
     };
-    send_segment(link, flow, &repr, &[], &[]);
+    send_segment(link, flow, &repr, &[], &[], DEFAULT_MSS);
 }

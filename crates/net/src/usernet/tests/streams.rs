@@ -110,6 +110,7 @@ fn tcp_out_with_large_segments_echoes() {
     let (port, server) = serve(TcpListener::bind("127.0.0.1:0").unwrap(), echo);
     let mut guest = Guest::new(open_config());
     guest.net.set_offloads(Offloads {
+        to_guest_unchecked: true,
         to_guest_segment_bytes: 65_535,
         ..Offloads::default()
     });
