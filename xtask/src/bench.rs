@@ -1,4 +1,4 @@
-//! Benchmarks: `cargo xtask bench boot|guest|show|compare`. `docs/benchmarks.md` says how to use them.
+//! Benchmarks: `cargo xtask bench boot|net|guest|show|compare`. `docs/benchmarks.md` says how to use them.
 
 use std::path::PathBuf;
 
@@ -6,6 +6,7 @@ mod boot;
 mod guest;
 mod image;
 mod machine;
+mod net;
 mod options;
 mod report;
 mod result;
@@ -14,6 +15,8 @@ mod workloads;
 
 pub const USAGE: &str = "  bench boot [ROUNDS [CPUS]]
           time to the first shell prompt, against QEMU's TCG, in one run
+  bench net [ROUNDS [SECONDS]]
+          iperf3 between guest and host over the user network, against QEMU's TCG, in one run
   bench guest [OPTIONS]
           workloads in a Debian guest: native, QEMU's TCG, Pyrite (--help lists the options)
   bench show FILE.json [--clock wall|cpu]
@@ -31,6 +34,14 @@ pub fn main(args: &[String]) -> Result<bool, String> {
                 return Ok(false);
             };
             boot::boot(rounds as usize, cpus)?;
+        }
+        Some((what, rest)) if what == "net" => {
+            let number = |n: usize, default| rest.get(n).map_or(Ok(default), |a| a.parse());
+            let (Ok(rounds @ 1..), Ok(seconds @ 1..)) = (number(0, 1u32), number(1, 5u32)) else {
+                eprintln!("bench net [ROUNDS [SECONDS]]: both are numbers from 1");
+                return Ok(false);
+            };
+            net::net(rounds as usize, seconds)?;
         }
         Some((what, rest)) if what == "guest" => {
             if rest.iter().any(|a| a == "--help" || a == "-h") {

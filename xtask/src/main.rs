@@ -15,7 +15,7 @@ const USAGE: &str = "usage: cargo xtask <command>
   test    formatting, lints, house rules and all tests (what CI runs)
   quick   the same without the tests that boot whole guests
   tidy    house rules only
-  bench boot|guest|show|compare
+  bench boot|net|guest|show|compare
           how fast guests are, against QEMU's TCG and native, in one run
   isafuzz random instruction sequences on the engine against this processor
           [--seed S] [--count N] [--seconds T] [--jobs J] [--keep K]";
