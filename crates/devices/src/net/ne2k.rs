@@ -348,6 +348,9 @@ impl Ne2k {
     }
 }
 
+/// DCR: remote transfers are of words.
+const DCR_WTS: u8 = 1;
+
 impl Model for Ne2k {
     const KIND: &'static str = "ne2k-pci";
     const VERSION: u16 = 1;
@@ -382,10 +385,18 @@ impl Model for Ne2k {
     }
 
     fn read(&mut self, _: &mut Host, _: u8, offset: u64, data: &mut [u8]) {
+        let lone = data.len() == 1;
         for (at, b) in (offset..).zip(data) {
             *b = match offset {
                 // However wide, an access of the data port takes as many bytes of the buffer.
-                DATA_PORT..RESET_PORT => self.remote(None),
+                DATA_PORT..RESET_PORT => {
+                    let byte = self.remote(None);
+                    if lone && self.r.dcr & DCR_WTS != 0 {
+                        // A transfer is of words: the other half is lost. §9, §10.3.
+                        self.remote(None);
+                    }
+                    byte
+                }
                 RESET_PORT.. => {
                     self.reset();
                     0
@@ -396,10 +407,14 @@ impl Model for Ne2k {
     }
 
     fn write(&mut self, host: &mut Host, _: u8, offset: u64, data: &[u8]) {
+        let lone = data.len() == 1;
         for (at, b) in (offset..).zip(data) {
             match offset {
                 DATA_PORT..RESET_PORT => {
                     self.remote(Some(*b));
+                    if lone && self.r.dcr & DCR_WTS != 0 {
+                        self.remote(Some(0));
+                    }
                 }
                 RESET_PORT.. => {}
                 _ => self.store(host, at as u8 & 0x0f, *b),

@@ -16,6 +16,9 @@ const VLAN_AT: usize = 12;
 const VLAN_BYTES: usize = 4;
 
 const OWN: u32 = 1 << 31;
+/// Underrun, error summary, collisions out of the window, link failure, too many collisions and their
+/// number, as the card leaves them in the first word. §8.2.2.
+const TX_STATUS: u32 = 1 << 25 | 0xff << 16;
 const EOR: u32 = 1 << 30;
 const FS: u32 = 1 << 29;
 const LS: u32 = 1 << 28;
@@ -123,8 +126,8 @@ impl<const PLUS: bool> Rtl8139<PLUS> {
                 packet.bad = false;
             }
             self.gathering[ring] = packet;
-            // OWN goes, and status is all good.
-            let _ = memory.write(at, &(opts1 & !OWN).to_le_bytes());
+            // OWN goes, and status, where the MSS was, is all good.
+            let _ = memory.write(at, &(opts1 & !(OWN | TX_STATUS)).to_le_bytes());
             let next = self.tx_next[ring] + 1;
             self.tx_next[ring] = if opts1 & EOR != 0 || next >= RING {
                 0
