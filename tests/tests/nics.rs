@@ -187,14 +187,12 @@ fn e1000() {
 fn unfinished() -> bool {
     let asked = std::env::var("PYRITE_NICS").is_ok_and(|v| v == "all");
     if !asked {
-        eprintln!(
-            "skipped: a download stops when the ring has been full; PYRITE_NICS is not \"all\""
-        );
+        eprintln!("skipped: this card is not finished; PYRITE_NICS is not \"all\"");
     }
     asked
 }
 
-/// A known defect, as of the plain RTL8139.
+/// Known defect: a download stops when the ring has been full.
 #[test]
 fn ne2k_pci() {
     // The chip does not tell its driver of the cable.
@@ -208,7 +206,7 @@ fn rtl8139_plus() {
     card("rtl8139", "8139cp", true);
 }
 
-/// A known defect: a download stops when the ring has been full.
+/// Known defect: the driver does not notice that the cable is pulled.
 #[test]
 fn rtl8139_plain() {
     if unfinished() {

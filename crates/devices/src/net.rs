@@ -149,6 +149,10 @@ pub trait Model: Send + Sized + 'static {
     fn link_changed(&mut self, host: &mut Host);
     /// True if a frame of an ordinary length would be stored.
     fn can_receive(&self, host: &Host) -> bool;
+
+    /// A frame waits on the cable because the card has no room. A card whose driver may have
+    /// overlooked what is in a full ring tells it once more: no frame will come to do that.
+    fn frame_waits(&mut self) {}
     /// A frame for the guest, at least 60 bytes long.
     fn receive(&mut self, host: &mut Host, frame: &[u8]) -> Reception;
     /// The level of the interrupt line.
@@ -173,6 +177,10 @@ impl<M: Model> State<M> {
     fn act<T>(&mut self, act: impl FnOnce(&mut M, &mut Host) -> T) -> T {
         let State { model, host } = self;
         let result = act(model, host);
+        let waits = host.starved && host.running;
+        if waits && !model.can_receive(host) {
+            model.frame_waits();
+        }
         let level = model.interrupt(host);
         if level != host.level {
             host.level = level;
@@ -233,7 +241,9 @@ impl<M: Model> FrameSink for Plug<M> {
         };
         let mut s = lock(&state);
         let ready = s.host.running && s.model.can_receive(&s.host);
-        s.host.starved |= !ready;
+        if !ready && !std::mem::replace(&mut s.host.starved, true) {
+            s.act(|_, _| ());
+        }
         ready
     }
 }

@@ -434,6 +434,12 @@ impl Model for Ne2k {
         host.link_up() && self.started() && self.free_pages() > needed
     }
 
+    fn frame_waits(&mut self) {
+        if self.started() && self.r.curr != self.r.bnry {
+            self.r.isr |= ISR_PRX;
+        }
+    }
+
     fn receive(&mut self, _: &mut Host, frame: &[u8]) -> Reception {
         if self.loops_back() {
             return Reception::Filtered;

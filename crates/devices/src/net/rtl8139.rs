@@ -562,6 +562,12 @@ impl<const PLUS: bool> Model for Rtl8139<PLUS> {
         }
     }
 
+    fn frame_waits(&mut self) {
+        if self.get(CR) & CR_RE != 0 && !self.plus(CPCR_RX) && !self.ring_is_empty() {
+            self.raise(ISR_ROK);
+        }
+    }
+
     fn receive(&mut self, host: &mut Host, frame: &[u8]) -> Reception {
         if self.loops_back() {
             return Reception::Filtered;
