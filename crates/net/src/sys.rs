@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -26,13 +26,13 @@ fn size(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-fn own(result: libc::c_int) -> io::Result<OwnedFd> {
+pub(crate) fn own(result: libc::c_int) -> io::Result<OwnedFd> {
     let fd = check(result)?;
     // SAFETY: callers pass the result of a call that made a new descriptor; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Wakes a thread that is in [`wait`].
+/// Wakes a thread that waits for its descriptor, in [`wait`] or another call.
 pub(crate) struct Waker(OwnedFd);
 
 impl Waker {
@@ -41,6 +41,10 @@ impl Waker {
         Ok(Waker(own(unsafe {
             libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
         })?))
+    }
+
+    pub(crate) fn fd(&self) -> &OwnedFd {
+        &self.0
     }
 
     pub(crate) fn wake(&self) {

@@ -9,22 +9,11 @@
 use std::io;
 use std::mem::size_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
-}
-
-fn own(result: libc::c_int) -> io::Result<OwnedFd> {
-    let fd = check(result)?;
-    // SAFETY: callers pass the result of a call that made a new descriptor; nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
+pub(super) use crate::sys::Waker;
+use crate::sys::{check, own};
 
 /// What happened to a registered descriptor.
 #[derive(Clone, Copy, Debug, Default)]
@@ -112,46 +101,6 @@ impl Poller {
             }
         }));
         Ok(())
-    }
-}
-
-/// Wakes a [`Poller`] from another thread.
-pub(super) struct Waker(OwnedFd);
-
-impl Waker {
-    pub(super) fn new() -> io::Result<Waker> {
-        // SAFETY: no pointers.
-        Ok(Waker(own(unsafe {
-            libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
-        })?))
-    }
-
-    pub(super) fn fd(&self) -> &OwnedFd {
-        &self.0
-    }
-
-    pub(super) fn wake(&self) {
-        let one = 1_u64;
-        // SAFETY: eight bytes of a live value. A full counter means it is awake already.
-        unsafe {
-            libc::write(
-                self.0.as_raw_fd(),
-                (&raw const one).cast(),
-                size_of::<u64>(),
-            )
-        };
-    }
-
-    pub(super) fn drain(&self) {
-        let mut count = 0_u64;
-        // SAFETY: eight bytes of a live value. Nothing to read is fine.
-        unsafe {
-            libc::read(
-                self.0.as_raw_fd(),
-                (&raw mut count).cast(),
-                size_of::<u64>(),
-            )
-        };
     }
 }
 
