@@ -40,7 +40,7 @@ pub fn package_directory(package: &str, dir: &str) -> Option<PathBuf> {
 }
 
 fn found(file: Result<PathBuf, fixtures::Reason>, name: &str) -> Option<PathBuf> {
-    file.inspect_err(|why| println!("SKIPPED: no {name}: {why}"))
+    file.inspect_err(|why| crate::skipped(format_args!("no {name}: {why}")))
         .ok()
 }
 
@@ -49,7 +49,7 @@ pub fn kernel(what: &str, modules: &[&str]) -> Option<Guest> {
     match fixtures::guest_with(DEBIAN_12, what, modules) {
         Ok(guest) => Some(guest),
         Err(why) => {
-            println!("SKIPPED: no kernel: {why}");
+            crate::skipped(format_args!("no kernel: {why}"));
             None
         }
     }

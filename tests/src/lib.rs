@@ -44,6 +44,21 @@ pub fn pyrite() -> &'static Path {
     })
 }
 
+/// Says that this test, or a part of it, is not done here, and why. What passing tests print is not
+/// shown as a rule: the line also goes to the file that `PYRITE_SKIPPED` names, for who runs them all.
+pub fn skipped(why: impl std::fmt::Display) {
+    let thread = std::thread::current();
+    let line = format!("skipped: {}: {why}\n", thread.name().unwrap_or("test"));
+    print!("{line}");
+    if let Some(path) = std::env::var_os("PYRITE_SKIPPED") {
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(path);
+        let _ = file.and_then(|mut f| f.write_all(line.as_bytes()));
+    }
+}
+
 /// A directory that goes away with the test.
 pub struct Scratch(pub PathBuf);
 

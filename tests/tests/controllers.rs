@@ -34,7 +34,7 @@ fn guest() -> Option<Guest> {
     match fixtures::guest_with(kernel, "-storage4", &modules) {
         Ok(guest) => Some(guest),
         Err(why) => {
-            println!("skipped: {why}");
+            pyrite_tests::skipped(why);
             None
         }
     }

@@ -24,7 +24,7 @@ fn boot(options: &[&str]) -> Option<Session> {
     let guest = match fixtures::guest(kernel) {
         Ok(guest) => guest,
         Err(why) => {
-            println!("skipped: {why}");
+            pyrite_tests::skipped(why);
             return None;
         }
     };
@@ -201,7 +201,7 @@ fn entropy_ipv6_ping_and_power_button() {
             let got = ask(&mut s, &format!("nc -w 9 fec0::2 {port} </dev/null"));
             assert_eq!(got, "hello over IPv6");
         }
-        None => println!("skipped: the host has no IPv6 loopback"),
+        None => pyrite_tests::skipped("the host has no IPv6 loopback"),
     }
 
     // Beyond the router a ping needs the host's permission; without, the person is told.

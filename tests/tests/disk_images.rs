@@ -25,7 +25,7 @@ fn image(args: &[&str], code: i32) -> String {
 /// What qemu-img prints; None without one.
 fn qemu_img(args: &[&str]) -> Option<String> {
     let Ok(out) = Command::new("qemu-img").args(args).output() else {
-        eprintln!("SKIPPED: there is no qemu-img here to compare with");
+        pyrite_tests::skipped("there is no qemu-img here to compare with");
         return None;
     };
     assert!(

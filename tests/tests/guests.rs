@@ -33,7 +33,7 @@ fn text(path: &Path) -> &str {
 /// Runs a test, or says why it cannot be run.
 fn with(test: impl FnOnce() -> Result<(), Reason>) {
     if let Err(why) = test() {
-        println!("SKIPPED: {why}");
+        pyrite_tests::skipped(why);
     }
 }
 

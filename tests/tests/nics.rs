@@ -20,7 +20,7 @@ fn guest() -> Option<Guest> {
     match fixtures::network_guest() {
         Ok(guest) => Some(guest),
         Err(why) => {
-            println!("skipped: {why}");
+            pyrite_tests::skipped(why);
             None
         }
     }
@@ -187,7 +187,7 @@ fn e1000() {
 fn unfinished() -> bool {
     let asked = std::env::var("PYRITE_NICS").is_ok_and(|v| v == "all");
     if !asked {
-        eprintln!("skipped: this card is not finished; PYRITE_NICS is not \"all\"");
+        pyrite_tests::skipped("this card is not finished; PYRITE_NICS is not \"all\"");
     }
     asked
 }
@@ -314,11 +314,11 @@ fn tap_in_a_namespace() {
         Ok(o) if o.status.success() => {}
         Ok(o) => {
             let why = String::from_utf8_lossy(&o.stderr).into_owned();
-            println!("skipped: no TAP interface in a namespace: {why}");
+            pyrite_tests::skipped(format_args!("no TAP interface in a namespace: {why}"));
             return;
         }
         Err(e) => {
-            println!("skipped: unshare: {e}");
+            pyrite_tests::skipped(format_args!("unshare: {e}"));
             return;
         }
     }
@@ -407,7 +407,7 @@ fn cables_capture_delay_and_limit() {
     server.join().expect("server");
     vm.stop();
     let Some(frames) = read_capture(&capture, "icmp") else {
-        println!("skipped: no tcpdump to read the capture");
+        pyrite_tests::skipped("no tcpdump to read the capture");
         return;
     };
     assert_eq!(frames.len(), 6, "{frames:?}");

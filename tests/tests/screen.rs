@@ -24,7 +24,7 @@ fn boot(socket: &Path, options: &[&str]) -> Option<Session> {
     let guest = match fixtures::guest(DEBIAN_12) {
         Ok(g) => g,
         Err(why) => {
-            eprintln!("skipped: {why}");
+            pyrite_tests::skipped(why);
             return None;
         }
     };
@@ -64,7 +64,7 @@ fn ask(command: &str, socket: &Path, words: &[&str]) -> (i32, String) {
 #[test]
 fn debian_shows_its_console_and_takes_what_is_typed() {
     let Some(rom) = video_bios() else {
-        eprintln!("skipped: the package seabios is not installed");
+        pyrite_tests::skipped("the package seabios is not installed");
         return;
     };
     let reader = Reader::new(&rom);
@@ -131,7 +131,7 @@ fn watch(
 #[test]
 fn shell_is_used_through_vnc() {
     let Some(rom) = video_bios() else {
-        eprintln!("skipped: the package seabios is not installed");
+        pyrite_tests::skipped("the package seabios is not installed");
         return;
     };
     let reader = Reader::new(&rom);

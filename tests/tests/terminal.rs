@@ -105,7 +105,7 @@ fn vm_process_ends_with_its_front() {
 #[test]
 fn a_terminal_is_raw_resized_suspended_and_put_back() {
     if Command::new("python3").arg("--version").output().is_err() {
-        println!("skipped: needs python3, which opens the terminal");
+        pyrite_tests::skipped("needs python3, which opens the terminal");
         return;
     }
     let dir = Scratch::new("pty");

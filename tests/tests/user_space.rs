@@ -17,7 +17,7 @@ fn image(packages: &[&str], size: &str) -> Option<Image> {
     match Image::get(packages, size) {
         Ok(image) => Some(image),
         Err(why) => {
-            eprintln!("skipped: {why}");
+            pyrite_tests::skipped(why);
             None
         }
     }
@@ -26,7 +26,7 @@ fn image(packages: &[&str], size: &str) -> Option<Image> {
 fn full() -> bool {
     let asked = std::env::var("PYRITE_USER_SPACE").is_ok_and(|v| v == "full");
     if !asked {
-        eprintln!("skipped: PYRITE_USER_SPACE is not \"full\"");
+        pyrite_tests::skipped("PYRITE_USER_SPACE is not \"full\"");
     }
     asked
 }

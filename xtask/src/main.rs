@@ -5,6 +5,8 @@
 //! - `bench`: time to the first shell prompt, workloads in a guest; against QEMU's TCG and native.
 //! - `isafuzz`: random instruction sequences, software engine against this processor.
 
+use std::ffi::OsStr;
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 mod bench;
@@ -66,10 +68,15 @@ fn report(what: &str, result: Result<(), String>) -> ExitCode {
 }
 
 fn cargo(args: &[&str]) -> Result<(), String> {
+    cargo_with(args, &[])
+}
+
+fn cargo_with(args: &[&str], variables: &[(&str, &OsStr)]) -> Result<(), String> {
     eprintln!("xtask: cargo {}", args.join(" "));
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(program)
         .args(args)
+        .envs(variables.iter().copied())
         .status()
         .map_err(|e| format!("cannot start cargo: {e}"))?;
     if status.success() {
@@ -110,7 +117,36 @@ fn steps(guests: bool) -> ExitCode {
         if !guests {
             args.extend(["--exclude", "pyrite-tests"]);
         }
-        cargo(&args)
+        let skipped = Skipped::begin()?;
+        let done = cargo_with(&args, &[("PYRITE_SKIPPED", skipped.0.as_os_str())]);
+        skipped.show();
+        done
     };
     report("test", run())
+}
+
+/// Where tests write what they left out: what passing tests print is not shown.
+struct Skipped(PathBuf);
+
+impl Skipped {
+    fn begin() -> Result<Skipped, String> {
+        let path = std::env::temp_dir().join(format!("pyrite-skipped-{}", std::process::id()));
+        std::fs::write(&path, "").map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(Skipped(path))
+    }
+
+    fn show(&self) {
+        let text = std::fs::read_to_string(&self.0).unwrap_or_default();
+        let _ = std::fs::remove_file(&self.0);
+        let mut lines: Vec<&str> = text.lines().collect();
+        lines.sort_unstable();
+        lines.dedup();
+        println!(
+            "xtask: {} tests or parts of tests were not done here",
+            lines.len()
+        );
+        for line in lines {
+            println!("  {line}");
+        }
+    }
 }
