@@ -12,8 +12,10 @@ for my $n (1 .. $lines) {
         $state % 5000, $state, $state % 7 ? 200 : 404, $state % 100000;
     if ($line =~ m{^(\d+(?:\.\d+){3}) \S+ (\w+) \[([^\]]+)\] "(GET|POST) (/\S*?)(?:\?(\S*))? HTTP/[\d.]+" (\d{3}) (\d+)$}) {
         $by{$2}{$7}++;
-        (my $path = $5) =~ s/(\d+)/<$1>/g;
-        $hits++ if $path =~ /<\d*([13579])>$/ && $6 =~ /[a-f]{2,}/i;
+        # The substitution forgets what was captured.
+        my ($path, $query) = ($5, $6 // '');
+        $path =~ s/(\d+)/<$1>/g;
+        $hits++ if $path =~ /<\d*([13579])>$/ && $query =~ /[a-f]{2,}/i;
     }
 }
 print "$hits ", scalar keys %by, "\n";

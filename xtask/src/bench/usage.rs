@@ -40,7 +40,21 @@ fn parent(stat: &str) -> Option<u32> {
     rest.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Time that all threads of `pids` ran. A thread that has ended is not counted.
+/// A tick of /proc: USER_HZ is 100 on x86.
+const NS_PER_TICK: u64 = 10_000_000;
+
+/// cutime and cstime in a line of /proc/PID/stat: fields 16 and 17.
+fn ended_children_ticks(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    // The first field after the name is number 3.
+    let mut fields = rest.split_whitespace().skip(13);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some(user + system)
+}
+
+/// Time that all threads of `pids` ran, and children of theirs that have ended. A thread that has ended is
+/// not counted.
 pub fn cpu_time(pids: &[u32]) -> Duration {
     let mut sum = 0;
     for pid in pids {
@@ -54,6 +68,8 @@ pub fn cpu_time(pids: &[u32]) -> Duration {
                 .and_then(|n| n.parse::<u64>().ok());
             sum += ran.unwrap_or(0);
         }
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        sum += ended_children_ticks(&stat).unwrap_or(0) * NS_PER_TICK;
     }
     Duration::from_nanos(sum)
 }
@@ -66,6 +82,8 @@ mod tests {
     fn parents_are_found_behind_any_name() {
         assert_eq!(parent("12 (a) b (c) S 7 12 12 0"), Some(7));
         assert_eq!(parent("nothing"), None);
+        let line = "12 (a) b) R 1 12 12 0 -1 4194304 10 20 0 0 5 6 70 8 20 0 1 0 100";
+        assert_eq!(ended_children_ticks(line), Some(78));
     }
 
     #[test]
