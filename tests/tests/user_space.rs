@@ -76,7 +76,7 @@ fn installs(g: &mut Guest, name: &str) {
 
 /// Compiles the programs, runs them, and has the host run what the guest compiled.
 fn programs(g: &mut Guest) {
-    for program in ["jit", "signals", "threads", "fp"] {
+    for program in ["jit", "signals", "threads", "fp", "native"] {
         g.ok(
             &format!("gcc -O2 -static -w -o {program} {program}.c -lm"),
             300,
@@ -239,6 +239,43 @@ fn a_debian_system_comes_up_and_works_on_four_cpus() {
     programs(&mut g);
     crypto(&mut g);
     healthy(&mut g, "4");
+    g.power_off().check();
+}
+
+/// Every user program that can be executed directly is, whether it pays or not.
+#[test]
+fn programs_of_a_debian_system_run_on_the_processor_itself() {
+    let Some(image) = image(SMALL, "3G") else {
+        return;
+    };
+    let dir = Scratch::new("direct");
+    let socket = dir.0.join("control");
+    let path = socket.to_string_lossy().into_owned();
+    let options = [
+        "--cpus",
+        "2",
+        "--memory",
+        "1G",
+        "--direct",
+        "always",
+        "--control",
+        &path,
+    ];
+    let mut g = Guest::boot(&image, "debian-direct", &options);
+    healthy(&mut g, "2");
+    programs(&mut g);
+    crypto(&mut g);
+    healthy(&mut g, "2");
+    let (status, tree) = pyrite_tests::ctl(&socket, &["inspect"]);
+    assert_eq!(status, 0, "{tree}");
+    if tree.contains("available: no") {
+        pyrite_tests::skipped("this host lets no process be traced");
+    } else {
+        let runs = (tree.lines())
+            .filter_map(|l| l.trim().strip_prefix("runs: ")?.parse::<u64>().ok())
+            .sum::<u64>();
+        assert!(runs > 10_000, "{tree}");
+    }
     g.power_off().check();
 }
 

@@ -60,6 +60,19 @@ pub enum EngineKind {
     Soft,
 }
 
+/// When the software engine lets user programs run on the host's processor itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DirectKind {
+    /// Never.
+    Off,
+    /// Those that compute for long, if the host lets a process be traced.
+    #[default]
+    Auto,
+    /// Always; slow, for tests.
+    Always,
+}
+
 /// What the terminal is connected to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -302,6 +315,9 @@ pub struct VmSpec {
     /// Code cache of the software engine per vCPU, in bytes; nothing: its default.
     #[serde(default)]
     pub code_cache_bytes: Option<u64>,
+    /// Direct execution of user programs by the software engine.
+    #[serde(default)]
+    pub direct: DirectKind,
     /// CPU model; `host` is what this host and the engine can run.
     #[serde(default = "host_model")]
     pub cpu_model: String,
@@ -365,6 +381,7 @@ impl Default for VmSpec {
             memory_bytes: 512 << 20,
             engine: EngineKind::Auto,
             code_cache_bytes: None,
+            direct: DirectKind::Auto,
             cpu_model: host_model(),
             boot: BootSpec::default(),
             smbios: SmbiosSpec::default(),

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
-    BootSpec, CdromSpec, ConsoleKind, DiskBus, DiskFormat, DiskSpec, EngineKind, FloppyKind,
-    FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError, VmSpec,
+    BootSpec, CdromSpec, ConsoleKind, DirectKind, DiskBus, DiskFormat, DiskSpec, EngineKind,
+    FloppyKind, FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError,
+    VmSpec,
 };
 use pyrite_disk::Format;
 
@@ -64,6 +65,17 @@ pub enum EngineArg {
     Kvm,
     /// Pyrite's own CPU engine
     Soft,
+}
+
+/// When user programs run on the host's processor itself.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DirectArg {
+    /// Never
+    Off,
+    /// Those that compute for long
+    Auto,
+    /// Always; slow, for tests
+    Always,
 }
 
 /// Consoles by name.
@@ -231,6 +243,12 @@ pub struct RunArgs {
     /// makes a VM of a small footprint: a kernel boots with 2M, but large programs get slow.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub code_cache: Option<u64>,
+    /// When the software engine runs user programs of the guest on the processor itself
+    ///
+    /// Such a program gets a process of its own on the host, in which only its memory is mapped and which
+    /// cannot make system calls. Where processes may not be traced (ptrace), programs are translated.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub direct: DirectArg,
     /// CPU model
     #[arg(long, value_name = "MODEL", default_value = "host")]
     pub cpu: String,
@@ -299,6 +317,11 @@ impl RunArgs {
                 EngineArg::Soft => EngineKind::Soft,
             },
             code_cache_bytes: self.code_cache,
+            direct: match self.direct {
+                DirectArg::Off => DirectKind::Off,
+                DirectArg::Auto => DirectKind::Auto,
+                DirectArg::Always => DirectKind::Always,
+            },
             cpu_model: self.cpu.clone(),
             boot: BootSpec {
                 kernel: self.kernel.clone().unwrap_or_default(),

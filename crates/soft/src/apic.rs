@@ -33,8 +33,8 @@ pub use self::timer::{
     clock_changed, clock_runs, poll_timer, start_timer_thread, thread_sleeps_ns, time_to_timer,
 };
 pub use self::tsc::{
-    TscStand, guest_tsc, host_tsc_khz, initial_tsc_offset, saved_tsc, set_guest_tsc,
-    sleep_precisely, vcpu_starts, vcpu_stops,
+    TscStand, guest_tsc, host_tsc_khz, saved_tsc, set_guest_tsc, sleep_precisely, vcpu_starts,
+    vcpu_stops,
 };
 
 /// One local APIC. Interior lock: any thread may deliver to it.

@@ -19,6 +19,7 @@
 //! atomic event flags, an exit request that translated code polls, and the APIC's own lock.
 
 pub mod apic;
+pub mod direct;
 pub mod exception;
 pub mod frame;
 pub mod interp;
@@ -33,4 +34,4 @@ pub mod xlate;
 pub use exception::{Exception, Trap};
 pub use frame::Frame;
 pub use vcpu::SoftVcpu;
-pub use vm::{SoftOptions, SoftVm};
+pub use vm::{DirectPolicy, SoftOptions, SoftVm};

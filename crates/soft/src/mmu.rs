@@ -611,6 +611,7 @@ impl SoftVcpu {
     /// Empties the soft TLBs: MOV to CR3 (`keep_global`), changes of CR0, CR4, EFER, INVPCID.
     pub fn flush_tlb(&mut self, keep_global: bool) {
         self.stats.tlb_flushes += 1;
+        self.direct.invalidate();
         let lists = if keep_global { 1 } else { 2 };
         for k in 0..lists {
             // A slot may be in both lists, and twice in one. What the first level holds may have
@@ -649,6 +650,9 @@ impl SoftVcpu {
             self.flush_tlb(false);
             return;
         }
+        if lin >> 47 == 0 {
+            self.direct.invalidate();
+        }
         let page = lin & !(PAGE_SIZE - 1);
         for v in 0..VIEWS {
             if self.frame.tlb[v].read[slot(lin)] == page {
@@ -672,6 +676,7 @@ impl SoftVcpu {
 
     /// Drops all write permission (dirty logging begins a round).
     pub fn drop_write_entries(&mut self) {
+        self.direct.invalidate();
         for v in 0..VIEWS {
             for n in 0..TLB_ENTRIES {
                 self.frame.tlb[v].write[n] = empty_tag(n);

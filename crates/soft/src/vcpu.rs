@@ -17,7 +17,7 @@ use crate::exception::Trap;
 use crate::frame::Frame;
 use crate::mmu::TlbNotes;
 use crate::vm::{VcpuShared, VmShared, event, lock};
-use crate::{apic, interp, kvmclock, sys, xlate};
+use crate::{apic, direct, interp, kvmclock, sys, xlate};
 
 /// Events that change the state of the processor when they are taken.
 const SIGNALS: u32 = event::INIT | event::SIPI | event::NMI;
@@ -110,6 +110,8 @@ pub struct SoftVcpu {
     pub interp: interp::Interp,
     /// The translator.
     pub xlate: xlate::Translator,
+    /// User programs that run on the host's processor itself.
+    pub direct: direct::Direct,
     /// Counters.
     pub stats: Stats,
     /// An interrupt may be waiting for IF or the shadow.
@@ -145,6 +147,7 @@ impl SoftVcpu {
             notes: Box::default(),
             interp,
             xlate,
+            direct: direct::Direct::default(),
             stats: Stats::default(),
             irq_waiting: true,
             pending_dr6: 0,
@@ -167,6 +170,7 @@ impl SoftVcpu {
         self.shared().apic.set_tsc_adjust(state.msrs.tsc_adjust);
         self.irq_waiting = true;
         self.flush_tlb(false);
+        direct::address_space_changed(self);
     }
 
     /// Notes accesses to data breakpoints (DR0-DR3). Intel SDM Vol. 3B §17.2.
@@ -262,6 +266,7 @@ impl SoftVcpu {
             ("mmio-reads", Inspect::Uint(s.mmio_reads)),
             ("mmio-writes", Inspect::Uint(s.mmio_writes)),
             ("tlb-flushes", Inspect::Uint(s.tlb_flushes)),
+            ("direct", self.direct.inspect()),
             (
                 "translator",
                 Inspect::node([
@@ -318,6 +323,9 @@ impl SoftVcpu {
             return Ok(false);
         };
         self.stats.interrupts += 1;
+        if self.frame.cpu.cpl() == 3 {
+            direct::tick(self);
+        }
         self.frame.cpu.activity = Activity::Running;
         sys::event::interrupt(self, vector)?;
         Ok(true)
@@ -367,6 +375,7 @@ impl SoftVcpu {
 
     /// Waits for an event outside guest code.
     fn idle(&mut self) {
+        self.direct.roam();
         self.shared().leave_guest();
         let wait = apic::time_to_timer(&self.vm, self.index);
         self.shared().park(wait);
@@ -403,6 +412,7 @@ impl Vcpu for SoftVcpu {
         // Guest time may have stood still since the last run.
         kvmclock::refresh(self);
         let reason = self.run_loop();
+        self.direct.roam();
         self.shared().leave_guest();
         self.shared().show(self.counters());
         self.shared().set_running(false);

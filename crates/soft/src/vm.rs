@@ -1,6 +1,6 @@
 //! What the vCPUs of a VM share: memory, the outside, event flags, the stop-the-world gate.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -38,11 +38,24 @@ pub mod event {
     pub const REMAPPED: u32 = 1 << 10;
 }
 
+/// Which user programs are executed directly ([`crate::direct`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DirectPolicy {
+    /// None.
+    Never,
+    /// Those that compute for long enough between entries into the guest's kernel.
+    WhenItPays,
+    /// All that can be, which is slow: for tests.
+    Always,
+}
+
 /// How the engine is tuned and tested.
 #[derive(Clone, Debug)]
 pub struct SoftOptions {
     /// Use the translator; off = interpreter only.
     pub translate: bool,
+    /// Which user programs run on the host's processor itself, where the host allows it.
+    pub direct: DirectPolicy,
     /// Link blocks directly.
     pub link: bool,
     /// Check runs of accesses once.
@@ -67,6 +80,7 @@ impl Default for SoftOptions {
     fn default() -> Self {
         SoftOptions {
             translate: true,
+            direct: DirectPolicy::WhenItPays,
             link: true,
             share_checks: true,
             move_blocks: true,
@@ -91,6 +105,10 @@ pub struct VcpuShared {
     pub apic: Apic,
     /// The frame's mapping, for the exit request.
     pub frame: FrameMapping,
+    /// The process in which the vCPU executes a user program now, by its id; 0 = none.
+    pub direct_runner: AtomicI32,
+    /// Pages that user programs may write directly have become pages that they may not.
+    pub direct_stale: AtomicBool,
     /// True while the vCPU may touch guest memory or translated code: see [`Gate`].
     pub in_guest: AtomicBool,
     parked: Mutex<bool>,
@@ -116,12 +134,21 @@ impl VcpuShared {
     /// Raises events and makes the vCPU look.
     pub fn raise(&self, events: u32) {
         self.events.fetch_or(events, Ordering::SeqCst);
-        self.frame
-            .exit_request()
-            .store(EXIT_WANTED, Ordering::SeqCst);
+        self.ask_to_leave();
         let parked = lock(&self.parked);
         if *parked {
             self.wake.notify_all();
+        }
+    }
+
+    /// Makes the vCPU leave guest code, whatever executes it.
+    fn ask_to_leave(&self) {
+        self.frame
+            .exit_request()
+            .store(EXIT_WANTED, Ordering::SeqCst);
+        let runner = self.direct_runner.load(Ordering::SeqCst);
+        if runner != 0 {
+            crate::direct::interrupt(runner);
         }
     }
 
@@ -234,6 +261,10 @@ pub struct VmShared {
     pub exclusive_count: AtomicU64,
     /// What has been translated.
     pub code_map: crate::xlate::CodeMap,
+    /// What user programs must not execute directly.
+    pub found: crate::direct::Found,
+    /// Copies of pages that have such instructions, without them.
+    pub patched: crate::direct::Patched,
 }
 
 impl VmShared {
@@ -254,6 +285,8 @@ impl VmShared {
                 stale_pages: Mutex::new(Some(Vec::new())),
                 apic: Apic::new(n),
                 frame: FrameMapping::new().map_err(os)?,
+                direct_runner: AtomicI32::new(0),
+                direct_stale: AtomicBool::new(false),
                 in_guest: AtomicBool::new(false),
                 parked: Mutex::new(false),
                 wake: Condvar::new(),
@@ -273,7 +306,7 @@ impl VmShared {
             io: config.io,
             clock: config.clock,
             cpuid: config.cpuid,
-            tsc_offset: AtomicI64::new(crate::apic::initial_tsc_offset()),
+            tsc_offset: AtomicI64::new(0),
             tsc_stand: crate::apic::TscStand::default(),
             tsc_khz,
             maxphyaddr,
@@ -284,6 +317,8 @@ impl VmShared {
             exclusive_owner: AtomicU32::new(0),
             exclusive_count: AtomicU64::new(0),
             code_map,
+            found: crate::direct::Found::default(),
+            patched: crate::direct::Patched::default(),
         });
         shared
             .memory
@@ -306,7 +341,7 @@ impl VmShared {
         for (n, v) in self.vcpus.iter().enumerate() {
             if n != me as usize {
                 v.events.fetch_or(event::EXCLUSIVE, Ordering::SeqCst);
-                v.frame.exit_request().store(EXIT_WANTED, Ordering::SeqCst);
+                v.ask_to_leave();
             }
         }
         for (n, v) in self.vcpus.iter().enumerate() {
@@ -365,7 +400,11 @@ impl CodeListener for StaleCode {
         // LIMIT: longer lists become "everything".
         const STALE_MAX: usize = 256;
         let Some(vm) = self.0.upgrade() else { return };
+        if let Some(off) = vm.memory.ram_offset(page_gpa, 1) {
+            vm.patched.forget(off);
+        }
         for v in &vm.vcpus {
+            v.direct_stale.store(true, Ordering::SeqCst);
             {
                 let mut stale = lock(&v.stale_pages);
                 if stale.as_ref().is_some_and(|p| p.len() >= STALE_MAX) {

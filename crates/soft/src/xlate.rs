@@ -19,6 +19,7 @@
 
 mod cache;
 mod callbacks;
+mod code_map;
 mod code_tlb;
 mod cold;
 mod emit;
@@ -31,19 +32,22 @@ mod moved;
 mod stubs;
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use pyrite_engine::EngineError;
-use pyrite_mem::{GuestMemory, PAGE_CODE, PAGE_SIZE, PAGE_WRITE_CACHED};
+use pyrite_mem::{PAGE_CODE, PAGE_SIZE, PAGE_WRITE_CACHED};
 use pyrite_x86::bits::{cr0, cr4, efer, rflags};
 use pyrite_x86::{Activity, InterruptShadow, Segment, sreg};
 
 use self::cache::{AddrMap, Block, BlockKey, Cache, Exit};
+use self::code_map::mark;
+pub use self::code_map::{CodeMap, covers};
 use self::code_tlb::{CodeTlb, PageCheck};
 use self::cold::{ColdPlaces, interpret_block};
 use self::front::{Entries, Front, HostFeatures, Place, Tools};
 pub use self::layout::{FrameArea, Hot};
 use self::layout::{JC_MASK, JC2_ENTRIES, JumpEntry, jump_slot, jump_slot2, reason};
+use crate::direct;
 use crate::exception::Trap;
 use crate::frame::{Frame, NO_PAGE, TLB_ENTRIES, View, empty_tag};
 use crate::interp;
@@ -73,28 +77,6 @@ mod mode {
     pub const PLAIN: u32 = 1 << 9;
     /// All but the view, for which there are jump caches of their own.
     pub const UNITS: u32 = !(VIEW | PLAIN);
-}
-
-/// Which 64-byte parts of each page of RAM and ROM have been translated by any vCPU.
-pub struct CodeMap(Box<[AtomicU64]>);
-
-impl CodeMap {
-    /// Nothing translated.
-    pub fn new(memory: &GuestMemory) -> CodeMap {
-        let pages = (memory.mapped_bytes() / PAGE_SIZE) as usize;
-        CodeMap((0..pages).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    fn page(&self, ram_offset: u64) -> Option<&AtomicU64> {
-        self.0.get((ram_offset / PAGE_SIZE) as usize)
-    }
-}
-
-/// Bits of the 64-byte parts that `len` bytes at page offset `at` touch.
-fn parts(at: u64, len: usize) -> u64 {
-    let first = (at & (PAGE_SIZE - 1)) / 64;
-    let last = ((at & (PAGE_SIZE - 1)) + len.max(1) as u64 - 1).min(PAGE_SIZE - 1) / 64;
-    (u64::MAX << first) & (u64::MAX >> (63 - last))
 }
 
 /// Counters of the translator, for `inspect` and benchmarks.
@@ -301,6 +283,12 @@ fn mode_of(v: &SoftVcpu) -> Option<u32> {
     Some(m)
 }
 
+/// True for 64-bit user code that may use the units that the host has.
+pub fn runs_units(v: &SoftVcpu) -> bool {
+    let wanted = mode::CODE64 | mode::X87 | mode::SSE | View::User as u32;
+    mode_of(v).is_some_and(|m| m & (wanted | mode::VIEW) == wanted)
+}
+
 /// True if the current mode is one that the translator handles.
 pub fn can_run(v: &SoftVcpu) -> bool {
     v.frame.cpu.interrupt_shadow == InterruptShadow::None && mode_of(v).is_some()
@@ -334,7 +322,7 @@ fn on_signal(_signal: i32, context: &mut libc::ucontext_t) -> bool {
 }
 
 /// True when the run loop has something to do before more guest code runs.
-fn run_loop_wanted(v: &SoftVcpu) -> bool {
+pub fn run_loop_wanted(v: &SoftVcpu) -> bool {
     let c = &v.frame.cpu;
     v.shared().events.load(Ordering::SeqCst) != 0
         || v.frame.hot.exit_request.load(Ordering::SeqCst) != 0
@@ -351,6 +339,12 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
     let mut moved = None;
     loop {
         let Some(m) = mode_of(v) else { return Ok(()) };
+        if v.frame.xlate.direct != 0 && m & mode::VIEW == View::User as u32 && direct::run(v)? {
+            if run_loop_wanted(v) {
+                return Ok(());
+            }
+            continue;
+        }
         let m = m | std::mem::take(&mut variant);
         let linear_rip = v.frame.cpu.rip;
         let fetched = match v.fetch_page(linear_rip) {
@@ -861,15 +855,6 @@ fn translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
     Some(add(&mut v.xlate.cache, t.code, t.block, t.exits))
 }
 
-/// Marks bytes of a page as translated, or looked at by a translation.
-fn mark(vm: &VmShared, page_off: u64, at: u64, len: usize) -> Option<()> {
-    if len > 0 {
-        let marks = vm.code_map.page(page_off)?;
-        marks.fetch_or(parts(at, len), Ordering::SeqCst);
-    }
-    Some(())
-}
-
 /// Adds a block, whose offsets are relative to its first byte, to the cache.
 fn add(
     cache: &mut Cache,
@@ -895,7 +880,7 @@ fn add(
 }
 
 /// Marks a page as holding translated code and takes write entries for it out of all soft TLBs.
-fn protect(v: &mut SoftVcpu, page_off: u64) {
+fn protect(v: &SoftVcpu, page_off: u64) {
     let vm = std::sync::Arc::clone(&v.vm);
     let flags = vm.memory.page_flags(page_off);
     flags.fetch_or(PAGE_CODE, Ordering::SeqCst);
@@ -905,6 +890,7 @@ fn protect(v: &mut SoftVcpu, page_off: u64) {
     let host = vm.memory.host_base() as u64 + page_off;
     vm.exclusive(v.index, || {
         for other in &vm.vcpus {
+            other.direct_stale.store(true, Ordering::SeqCst);
             // SAFETY: all vCPUs but this one stand still outside guest code (exclusive), and this
             // one holds no reference into its frame here.
             let frame = unsafe { &mut *other.frame.frame_ptr() };
@@ -927,6 +913,12 @@ fn protect(v: &mut SoftVcpu, page_off: u64) {
     });
 }
 
+/// Declares that all of a page is code that something was made from, which must go when it is written.
+pub fn claim_page(v: &SoftVcpu, page_off: u64) -> Option<()> {
+    protect(v, page_off);
+    mark(&v.vm, page_off, 0, PAGE_SIZE as usize)
+}
+
 /// Mappings changed: what code goes to in other pages must be looked up again.
 pub fn forget_code_pages(v: &mut SoftVcpu, keep_global: bool) {
     let table = &mut v.frame.xlate.code_tlb;
@@ -937,13 +929,6 @@ pub fn forget_code_pages(v: &mut SoftVcpu, keep_global: bool) {
 pub fn forget_code_page(v: &mut SoftVcpu, lin: u64) {
     let table = &mut v.frame.xlate.code_tlb;
     v.xlate.code_tlb.flush_page(table, lin);
-}
-
-/// True if a translation was made from any of these bytes of RAM.
-pub fn covers(vm: &VmShared, ram_offset: u64, len: usize) -> bool {
-    vm.code_map
-        .page(ram_offset)
-        .is_some_and(|m| m.load(Ordering::SeqCst) & parts(ram_offset, len) != 0)
 }
 
 /// Tells all vCPUs to drop the translations of a page. Inside an exclusive section.
@@ -958,7 +943,9 @@ pub fn drop_page(vm: &VmShared, ram_offset: u64) {
     let Some(gpa) = vm.memory.gpa_of_offset(page) else {
         return;
     };
+    vm.patched.forget(page);
     for v in &vm.vcpus {
+        v.direct_stale.store(true, Ordering::SeqCst);
         if let Some(p) = lock(&v.stale_pages).as_mut() {
             p.push(gpa);
         }

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use pyrite_api::v1::EngineKind;
+use pyrite_api::v1::{DirectKind, EngineKind, VmSpec};
 use pyrite_engine::probe::{self, KvmVerdict};
 use pyrite_engine::{CpuidTable, EngineError, Vm, VmConfig, kvm};
-use pyrite_soft::{SoftOptions, SoftVm};
+use pyrite_soft::{DirectPolicy, SoftOptions, SoftVm};
 use pyrite_x86::cpuid::{self, CpuidError, HostCpuid};
 
 /// An engine, decided.
@@ -35,17 +35,20 @@ impl Engine {
         }
     }
 
-    /// Creates a VM. `code_cache_bytes`: of the software engine, per vCPU, if not its default.
-    pub fn create(
-        self,
-        config: VmConfig,
-        code_cache_bytes: Option<u64>,
-    ) -> Result<Arc<dyn Vm>, EngineError> {
+    /// Creates a VM, with what the specification says of the engine.
+    pub fn create(self, config: VmConfig, spec: &VmSpec) -> Result<Arc<dyn Vm>, EngineError> {
         match self {
             Engine::Kvm => kvm::create(config),
             Engine::Soft => {
-                let mut options = SoftOptions::default();
-                if let Some(n) = code_cache_bytes.and_then(|n| usize::try_from(n).ok()) {
+                let mut options = SoftOptions {
+                    direct: match spec.direct {
+                        DirectKind::Off => DirectPolicy::Never,
+                        DirectKind::Auto => DirectPolicy::WhenItPays,
+                        DirectKind::Always => DirectPolicy::Always,
+                    },
+                    ..SoftOptions::default()
+                };
+                if let Some(n) = spec.code_cache_bytes.and_then(|n| usize::try_from(n).ok()) {
                     options.code_cache_bytes = n;
                 }
                 Ok(SoftVm::with_options(config, options)?)

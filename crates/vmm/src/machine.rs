@@ -313,7 +313,7 @@ impl Machine {
                     io: Arc::new(MachineIo(Arc::clone(&chipset))),
                     clock: Arc::new(move || time.now_ns()),
                 },
-                spec.code_cache_bytes,
+                spec,
             )
             .map_err(|e| AssemblyError::Host(e.into()))
             .map_err(|e| match e {

@@ -121,6 +121,7 @@ fn merge(now: &VmSpec, saved: VmSpec) -> Result<VmSpec, SpecError> {
     Ok(VmSpec {
         engine: now.engine,
         code_cache_bytes: now.code_cache_bytes,
+        direct: now.direct,
         reset: now.reset,
         time_limit_ms: now.time_limit_ms,
         restore: now.restore.clone(),

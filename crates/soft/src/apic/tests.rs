@@ -63,6 +63,8 @@ impl Bench {
             bench.apic(n).restore(&s.apic, s.msrs.apic_base);
             bench.write(n, reg::SVR, 0x1ff);
         }
+        // The TSC counts while a vCPU runs.
+        vcpu_starts(&bench.vm);
         bench
     }
     fn apic(&self, n: u32) -> &Apic {

@@ -3,6 +3,10 @@
 //! Guest TSC of a vCPU = host TSC + offset of the VM + IA32_TSC_ADJUST of the vCPU.
 //! Intel SDM Vol. 3B §17.17.
 //!
+//! A VM that starts from reset, and is never paused, has the host's TSC: user programs that run on the host's
+//! processor itself ([`crate::direct`]) can then read it without a trap. Nothing promises that the counter
+//! begins at 0 but the manual, and firmware and earlier kernels run before anybody looks.
+//!
 //! While no vCPU runs, the TSC advances exactly as guest time does, which stands still during a
 //! pause: a guest that compares its clocks must not find that one of them has jumped.
 
@@ -73,16 +77,12 @@ fn calibrated_khz() -> u64 {
     u64::try_from(khz).unwrap_or(1_000_000).max(1)
 }
 
-/// Offset that makes the guest TSC start at 0 now.
-pub fn initial_tsc_offset() -> i64 {
-    0i64.wrapping_sub_unsigned(host_tsc())
-}
-
 /// The TSC between runs.
-#[derive(Default)]
 pub struct TscStand {
     /// No vCPU runs: `tsc` counts, not the host's.
     stands: AtomicBool,
+    /// The VM was reset and has not run since: it will have the host's TSC.
+    fresh: AtomicBool,
     /// The guest TSC when it came to stand.
     tsc: AtomicU64,
     since: Mutex<Since>,
@@ -94,6 +94,19 @@ struct Since {
     running: u32,
     /// Guest time in ns that belongs to `TscStand::tsc`.
     at_ns: u64,
+}
+
+impl Default for TscStand {
+    /// Of a VM that has not run: 0, whatever the host's is, so that no deadline of a state that is loaded
+    /// has passed.
+    fn default() -> Self {
+        TscStand {
+            stands: AtomicBool::new(true),
+            fresh: AtomicBool::new(true),
+            tsc: AtomicU64::new(0),
+            since: Mutex::default(),
+        }
+    }
 }
 
 impl TscStand {
@@ -117,7 +130,11 @@ pub fn vcpu_starts(vm: &VmShared) {
     let mut since = lock(&stand.since);
     since.running += 1;
     if stand.stands.load(Ordering::SeqCst) {
-        let offset = stand.standing(vm, &since).wrapping_sub(host_tsc());
+        let offset = if stand.fresh.swap(false, Ordering::SeqCst) {
+            0
+        } else {
+            stand.standing(vm, &since).wrapping_sub(host_tsc())
+        };
         vm.tsc_offset.store(offset as i64, Ordering::SeqCst);
         stand.stands.store(false, Ordering::SeqCst);
         super::clock_runs(vm);
@@ -158,6 +175,7 @@ pub fn guest_tsc(vm: &VmShared) -> u64 {
 pub fn set_guest_tsc(vm: &VmShared, tsc: u64) {
     {
         let mut since = lock(&vm.tsc_stand.since);
+        vm.tsc_stand.fresh.store(tsc == 0, Ordering::SeqCst);
         if since.running == 0 {
             vm.tsc_stand.stand(vm, &mut since, tsc);
         } else {

@@ -109,6 +109,7 @@ fn load_cr3(v: &mut SoftVcpu, value: u64) -> Result<(), Exception> {
     }
     v.frame.cpu.cr3 = value;
     v.flush_tlb(true);
+    crate::direct::address_space_changed(v);
     Ok(())
 }
 

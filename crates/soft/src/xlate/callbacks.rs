@@ -185,6 +185,9 @@ pub unsafe extern "sysv64" fn step_and_jump(frame: *mut Frame) -> u64 {
         return 0;
     }
     let Some(m) = mode_of(v) else { return 0 };
+    if v.frame.xlate.direct != 0 && m & mode::VIEW == View::User as u32 {
+        return 0;
+    }
     if v.xlate.units != m & mode::UNITS {
         return 0;
     }

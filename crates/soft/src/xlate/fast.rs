@@ -384,6 +384,7 @@ unsafe extern "sysv64" fn syscall() {
         "lahf",
         "seto al",
         "mov [rsp + {flags}], rax",
+        "inc qword ptr [rsp + {calls}]",
         "test byte ptr [rsp + {efer}], 1", // SCE
         "jz 9f",
         // The image of the flags, for R11.
@@ -459,6 +460,7 @@ unsafe extern "sysv64" fn syscall() {
         "mov rax, [rsp + {rax}]",
         "call {step_jump}",
         rax = const gpr(0), r11 = const gpr(11), flags = const layout::FLAGS,
+        calls = const layout::SYSTEM_CALLS,
         rflags = const layout::RFLAGS, efer = const layout::EFER, cr4 = const layout::CR4,
         star = const layout::STAR, lstar = const layout::LSTAR, sfmask = const layout::SFMASK,
         cs_base = const layout::seg_base(sreg::CS), ss_base = const layout::seg_base(sreg::SS),
@@ -491,6 +493,9 @@ unsafe extern "sysv64" fn sysret() {
         "mov [rsp + {flags}], rax",
         "test byte ptr [rsp + {efer}], 1", // SCE
         "jz 9f",
+        // Not to a program that is executed directly.
+        "cmp dword ptr [rsp + {direct}], 0",
+        "jne 9f",
         // A user address, and as such canonical.
         "mov r10, rcx",
         "shr r10, 47",
@@ -545,7 +550,7 @@ unsafe extern "sysv64" fn sysret() {
         "call {step_jump}",
         rax = const gpr(0), r11 = const gpr(11), flags = const layout::FLAGS,
         rflags = const layout::RFLAGS, efer = const layout::EFER, waiting = const layout::IRQ_WAITING,
-        star = const layout::STAR,
+        direct = const layout::DIRECT, star = const layout::STAR,
         cs_base = const layout::seg_base(sreg::CS), ss_base = const layout::seg_base(sreg::SS),
         cs_limit = const layout::seg_limit(sreg::CS), ss_limit = const layout::seg_limit(sreg::SS),
         cs_selector = const layout::seg_selector(sreg::CS),

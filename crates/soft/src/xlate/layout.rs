@@ -159,8 +159,10 @@ pub struct FrameArea {
     pub expected: u64,
     /// Mode word of the block that runs.
     pub mode: u32,
-    /// Keeps the layout explicit.
-    pub reserved1: u32,
+    /// Not 0: user code of the current address space is executed directly.
+    pub direct: u32,
+    /// System calls by SYSCALL in translated code.
+    pub system_calls: u64,
     /// The owning `SoftVcpu`, while it runs.
     pub vcpu: u64,
     /// MXCSR that Rust code expects.
@@ -291,6 +293,8 @@ pub const STUB_FPU: usize = X + offset_of!(FrameArea, stub_fpu);
 pub const STUB_STEP: usize = X + offset_of!(FrameArea, stub_step);
 pub const STUB_STEP_JUMP: usize = X + offset_of!(FrameArea, stub_step_jump);
 pub const EXPECTED: usize = X + offset_of!(FrameArea, expected);
+pub const DIRECT: usize = X + offset_of!(FrameArea, direct);
+pub const SYSTEM_CALLS: usize = X + offset_of!(FrameArea, system_calls);
 pub const MODE: usize = X + offset_of!(FrameArea, mode);
 pub const MXCSR_HOST: usize = X + offset_of!(FrameArea, mxcsr_host);
 
