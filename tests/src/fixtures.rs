@@ -89,6 +89,27 @@ pub fn guest(kernel: KernelPackage) -> Result<Guest, Reason> {
     guest_with(kernel, "", &[])
 }
 
+/// Debian's standard kernel with the drivers of every storage controller.
+pub fn storage_guest() -> Result<Guest, Reason> {
+    let kernel = KernelPackage {
+        suite: "bookworm",
+        arch: "amd64",
+        package: "linux-image-amd64",
+    };
+    let modules = [
+        "ahci",
+        "ata_piix",
+        "nvme",
+        "virtio_blk",
+        "virtio_scsi",
+        "sd_mod",
+        "sr_mod",
+        "isofs",
+        "floppy",
+    ];
+    guest_with(kernel, "-storage5", &modules)
+}
+
 /// The guest of `kernel` with more modules; `what` names them in the cache.
 pub fn guest_with(kernel: KernelPackage, what: &str, more: &[&str]) -> Result<Guest, Reason> {
     let _one = FETCHING.lock().unwrap_or_else(PoisonError::into_inner);

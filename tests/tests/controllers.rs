@@ -8,7 +8,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use pyrite_tests::fixtures::{self, Guest, KernelPackage};
+use pyrite_tests::fixtures::{self, Guest};
 use pyrite_tests::vm::{STEP, Vm, with};
 use pyrite_tests::{Scratch, iso};
 
@@ -16,22 +16,7 @@ const MIB: u64 = 1 << 20;
 
 /// The standard kernel with the drivers of every controller.
 fn guest() -> Option<Guest> {
-    let kernel = KernelPackage {
-        suite: "bookworm",
-        arch: "amd64",
-        package: "linux-image-amd64",
-    };
-    let modules = [
-        "ahci",
-        "ata_piix",
-        "nvme",
-        "virtio_scsi",
-        "sd_mod",
-        "sr_mod",
-        "isofs",
-        "floppy",
-    ];
-    match fixtures::guest_with(kernel, "-storage4", &modules) {
+    match fixtures::storage_guest() {
         Ok(guest) => Some(guest),
         Err(why) => {
             pyrite_tests::skipped(why);

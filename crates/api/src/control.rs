@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::v1::{SpecError, VmSpec};
+use crate::v1::{DiskSetting, SpecError, VmSpec};
 
 #[cfg(test)]
 mod tests;
@@ -100,6 +100,13 @@ pub enum Command {
         /// Although the guest has locked the tray.
         force: bool,
     },
+    /// Changes limits of a disk, or what errors do.
+    Disk {
+        /// Number of the disk, from 0.
+        disk: usize,
+        /// What changes, in this order: all of it or, if something is wrong, nothing.
+        changes: Vec<DiskSetting>,
+    },
     /// Plugs the cable of a network card in or out.
     Link {
         /// Number of the card, from 0.
@@ -187,6 +194,13 @@ pub enum Event {
     Reset {
         /// How often so far.
         count: u32,
+    },
+    /// The VM was paused because of an error of the host; what failed waits.
+    DiskError {
+        /// Number of the disk, from 0.
+        disk: usize,
+        /// Which disk and what is wrong, in a line.
+        problem: String,
     },
     /// The guest kernel printed that it panicked.
     KernelPanic {

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod disk;
 mod firmware;
 mod nic;
 mod screen;
@@ -16,6 +17,7 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 
+pub use disk::{DiskFaults, DiskLimit, DiskLimits, DiskSetting, DiskSettings, OnError};
 pub use firmware::{FirmwareSpec, SmbiosSpec};
 pub use nic::{
     CableSpec, LOSS_UNIT, MAX_NIC_QUEUES, MAX_NICS, MacAddr, NicBackend, NicModel, NicSpec,
@@ -211,6 +213,9 @@ pub struct DiskSpec {
     /// Bytes of a logical block, 512 or 4096; that of the image without.
     #[serde(default)]
     pub block_bytes: Option<u32>,
+    /// Limits, and what errors do.
+    #[serde(default, skip_serializing_if = "DiskSettings::is_default")]
+    pub settings: DiskSettings,
 }
 
 /// A CD/DVD drive.
@@ -547,6 +552,9 @@ impl VmSpec {
             if d.block_bytes.is_some_and(|b| b != 512 && b != 4096) {
                 let text = "expected 512 or 4096";
                 bad(format!("disks[{n}].block_bytes"), text.into());
+            }
+            if let Err(problem) = d.settings.check() {
+                bad(format!("disks[{n}].settings"), problem);
             }
             let same = |o: &DiskSpec| o.path == d.path && !(o.read_only && d.read_only);
             if self.disks.iter().take(n).any(same) {

@@ -6,11 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
-    BootSpec, CdromSpec, ConsoleKind, DirectKind, DiskBus, DiskFormat, DiskSpec, EngineKind,
-    FloppyKind, FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError,
-    VmSpec,
+    BootSpec, CdromSpec, ConsoleKind, DirectKind, DiskBus, DiskSetting, DiskSpec, EngineKind, FloppyKind,
+    FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError, VmSpec,
 };
-use pyrite_disk::Format;
 
 use crate::firmware::FirmwareArgs;
 use crate::net::{LinkArg, NetArg};
@@ -142,6 +140,19 @@ pub enum Ask {
         #[arg(long)]
         force: bool,
     },
+    /// Change limits of a disk, or what errors do
+    #[command(after_help = crate::disk::SETTINGS)]
+    Disk {
+        /// Number of the disk: 0 is the first --disk
+        disk: usize,
+        /// What changes
+        #[arg(
+            required = true,
+            value_name = "SETTING=VALUE",
+            value_parser = crate::disk::parse_setting
+        )]
+        changes: Vec<DiskSetting>,
+    },
     /// Plug the cable of a network card in or out
     Link {
         /// Number of the card: 0 is the first --net
@@ -180,15 +191,11 @@ pub struct RunArgs {
     #[command(flatten)]
     pub firmware: FirmwareArgs,
     /// Disk image; repeatable
-    ///
-    /// FILE is raw unless format=FORMAT says otherwise (qcow2, vmdk, vdi, vhd, vhdx); the format
-    /// is never guessed. backing=allow lets the image name other files that are then read, such
-    /// as a backing file. bus= says how the disk is connected: virtio (the default), ahci,
-    /// ide, nvme or scsi (virtio-scsi). block=4096 shows it with blocks of 4 KiB.
     #[arg(
         long = "disk",
-        value_name = "FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT][,bus=BUS][,block=BYTES]",
-        value_parser = parse_disk
+        value_name = "FILE[,SETTING=VALUE]...",
+        value_parser = crate::disk::parse,
+        long_help = crate::disk::HELP
     )]
     pub disks: Vec<DiskSpec>,
     /// CD/DVD drive; repeatable
@@ -418,41 +425,6 @@ pub fn split_at_commas(text: &str) -> Vec<String> {
     parts
 }
 
-/// `FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT][,bus=BUS]`.
-fn parse_disk(text: &str) -> Result<DiskSpec, String> {
-    let mut parts = split_at_commas(text).into_iter();
-    let path = parts
-        .next()
-        .filter(|p| !p.is_empty())
-        .ok_or("expected FILE[,format=FORMAT][,ro][,backing=allow][,serial=TEXT][,bus=BUS]")?;
-    let mut disk = DiskSpec {
-        path: path.into(),
-        ..DiskSpec::default()
-    };
-    for part in parts {
-        match part.split_once('=') {
-            None if part == "ro" => disk.read_only = true,
-            None if part == "rw" => disk.read_only = false,
-            Some(("serial", s)) => disk.serial = Some(s.to_owned()),
-            Some(("format", f)) => disk.format = parse_disk_format(f)?,
-            Some(("bus", b)) => disk.bus = parse_bus(b)?,
-            Some(("block", b)) => {
-                let bytes = b.parse().map_err(|_| "expected block=512 or block=4096")?;
-                disk.block_bytes = Some(bytes);
-            }
-            Some(("backing", "allow")) => disk.allow_backing = true,
-            Some(("backing", "refuse")) => disk.allow_backing = false,
-            _ => {
-                return Err(format!(
-                    "unknown setting {part:?}; expected format=FORMAT, ro, backing=allow, \
-                     serial=TEXT, bus=BUS or block=BYTES (a comma in the file name is written ,,)"
-                ));
-            }
-        }
-    }
-    Ok(disk)
-}
-
 /// `FILE[,bus=BUS]`; `none` is an empty tray.
 fn parse_cdrom(text: &str) -> Result<CdromSpec, String> {
     let mut parts = split_at_commas(text).into_iter();
@@ -526,7 +498,8 @@ fn parse_drive(text: &str) -> Result<DriveName, String> {
     Ok(kind(number))
 }
 
-fn parse_bus(text: &str) -> Result<DiskBus, String> {
+/// The name of a bus.
+pub fn parse_bus(text: &str) -> Result<DiskBus, String> {
     Ok(match text {
         "virtio" => DiskBus::Virtio,
         "ahci" => DiskBus::Ahci,
@@ -538,17 +511,6 @@ fn parse_bus(text: &str) -> Result<DiskBus, String> {
                 "unknown bus {text:?}; expected virtio, ahci, ide, nvme or scsi"
             ));
         }
-    })
-}
-
-fn parse_disk_format(text: &str) -> Result<DiskFormat, String> {
-    Ok(match text.parse()? {
-        Format::Raw => DiskFormat::Raw,
-        Format::Qcow2 => DiskFormat::Qcow2,
-        Format::Vmdk => DiskFormat::Vmdk,
-        Format::Vdi => DiskFormat::Vdi,
-        Format::Vhd => DiskFormat::Vhd,
-        Format::Vhdx => DiskFormat::Vhdx,
     })
 }
 
@@ -616,6 +578,8 @@ pub fn parse_time(text: &str) -> Result<Duration, String> {
 
 #[cfg(test)]
 mod tests {
+    use pyrite_api::v1::DiskFormat;
+
     use super::*;
 
     fn run(args: &[&str]) -> Result<VmSpec, clap::Error> {

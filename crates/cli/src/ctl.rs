@@ -182,6 +182,7 @@ fn ask(socket: &Path, what: Ask) -> Result<Outcome> {
             medium(drive, Some(path), force, ro)
         }
         Ask::Eject { drive, force } => medium(drive, None, force, false),
+        Ask::Disk { disk, changes } => Command::Disk { disk, changes },
         Ask::Link { card, state } => Command::Link {
             card,
             up: matches!(state, LinkArg::Up),

@@ -273,6 +273,12 @@ impl Session {
         match event {
             Event::Started { engine, why } => tracing::info!(engine, why, "the guest runs"),
             Event::Reset { count } => tracing::info!(count, "the guest reset the machine"),
+            Event::DiskError { disk, problem } => self.say(&format!(
+                "the VM is paused because of an error of the host\n{problem}\n\
+                 When it can be read and written again, resume the VM (pyrite ctl SOCKET resume); \
+                 what failed is then tried again. To let the guest see the error instead: \
+                 pyrite ctl SOCKET disk {disk} on-error=report, then resume"
+            )),
             Event::KernelPanic { line } => self.say(&format!("guest kernel panic: {line}")),
             Event::Ended(ending) => self.ending = Some(ending),
         }

@@ -5,6 +5,7 @@
 
 mod args;
 mod ctl;
+mod disk;
 mod doctor;
 mod escape;
 mod exit;

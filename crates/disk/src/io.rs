@@ -196,8 +196,9 @@ pub(crate) fn is_unsupported(error: &io::Error) -> bool {
 
 /// The host's error in the terms of a disk.
 pub(crate) fn map_error(error: io::Error) -> DiskError {
-    match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => DiskError::NoSpace,
+    match error.kind() {
+        // ENOSPC and EDQUOT.
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DiskError::NoSpace,
         _ => DiskError::Io(error),
     }
 }

@@ -81,6 +81,8 @@ pub struct HostFile {
     no_holes: AtomicBool,
     /// As above, for zeroing a range.
     no_zero_range: AtomicBool,
+    /// The host could not make something durable.
+    sync_failed: AtomicBool,
 }
 
 impl HostFile {
@@ -149,6 +151,7 @@ impl HostFile {
             block_device: kind.is_block_device(),
             no_holes: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
+            sync_failed: AtomicBool::new(false),
         })
     }
 
@@ -156,6 +159,19 @@ impl HostFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Makes a file durable unless that has failed before: after an error Linux may drop what it could
+/// not write and report success the next time (fsync(2)), so nothing that the file says of
+/// durability can be believed any more.
+fn sync_once(failed: &AtomicBool, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    if failed.load(Ordering::Acquire) {
+        return Err(io::Error::other(
+            "the host has failed to write this file before and may have lost what was written; \
+             stop the VM and check the image",
+        ));
+    }
+    sync().inspect_err(|_| failed.store(true, Ordering::Release))
 }
 
 impl Storage for HostFile {
@@ -207,7 +223,7 @@ impl Storage for HostFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        sync_once(&self.sync_failed, || self.file.sync_data())
     }
 
     fn punch(&self, how: Punch, offset: u64, len: u64) -> io::Result<bool> {
@@ -234,5 +250,20 @@ impl Storage for HostFile {
             return Ok((true, len));
         }
         Ok(next_extent(&self.file, offset)?.unwrap_or((true, len)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_sync_is_not_forgotten() {
+        let failed = AtomicBool::new(false);
+        assert!(sync_once(&failed, || Ok(())).is_ok());
+        let first = sync_once(&failed, || Err(io::Error::from_raw_os_error(libc::EIO)));
+        assert_eq!(first.unwrap_err().raw_os_error(), Some(libc::EIO));
+        let second = sync_once(&failed, || Ok(()));
+        assert!(second.unwrap_err().to_string().contains("may have lost"));
     }
 }

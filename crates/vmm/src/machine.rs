@@ -6,18 +6,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
 
-use pyrite_api::v1::{ConsoleKind, DiskBus, DiskFormat, DiskSpec, SpecError, VmSpec};
+use pyrite_api::v1::{ConsoleKind, DiskBus, SpecError, VmSpec};
 use pyrite_devices::acpi_pm::AcpiPm;
 use pyrite_devices::chipset::{Chipset, ChipsetConfig};
 use pyrite_devices::display::vga::Vga;
 use pyrite_devices::uart::{NoSerial, SerialBackend};
-use pyrite_disk::image::References;
 use pyrite_disk::medium::Tray;
-use pyrite_disk::open::{OpenOptions, open};
-use pyrite_disk::raw::RawDisk;
-use pyrite_disk::{BlockBackend, BlockRequest, Format, ImageDisk};
 use pyrite_engine::{CpuIo, CpuidTable, Irqfd, Vm, VmConfig};
 use pyrite_mem::{GuestMemory, LEGACY_END, LEGACY_START};
 use pyrite_net::Cable;
@@ -40,6 +35,7 @@ use crate::firmware::{BootDevices, Firmware, LogLines};
 use crate::output::OutputFile;
 use crate::run::console::Console;
 
+mod disks;
 #[cfg(test)]
 mod doorbell_tests;
 mod drives;
@@ -49,11 +45,11 @@ mod screen;
 #[cfg(test)]
 mod tests;
 
+pub use disks::Disks;
+pub(crate) use disks::open_options;
 pub(crate) use floppies::kinds as floppy_kinds;
 pub(crate) use screen::{check_video_bios, memory_layout};
 
-/// How long a flush of the disks may take.
-const FLUSH_WITHIN: Duration = Duration::from_secs(60);
 /// First PCI slot of configured devices.
 const FIRST_SLOT: u8 = 1;
 /// Context id of the guest on its vsock: the first that is not reserved.
@@ -99,8 +95,8 @@ pub struct Machine {
     pub units: Vec<Unit>,
     /// What the machine starts with, if that is firmware, and names of devices for its boot order.
     pub firmware: Option<(Firmware, BootDevices)>,
-    /// Back ends of the disks that keep tables in memory: all whose format is not raw.
-    pub image_disks: Vec<Arc<dyn BlockBackend>>,
+    /// Back ends of the disks.
+    pub disks: Disks,
     /// Trays of the CD drives.
     trays: Vec<Arc<Tray>>,
     floppies: floppies::FloppyDrives,
@@ -284,12 +280,12 @@ impl Machine {
         };
         let Plugged {
             balloon,
-            mut image_disks,
+            mut disks,
             cables,
         } = plug_devices(spec, &console, &mut slots)?;
         let screen = screen::plug(spec, &mut slots)?;
         let input = Input::new(&chipset.i8042).map_err(|e| host("input")(e.into()))?;
-        let trays = drives::plug(spec, &mut slots, &mut image_disks)?;
+        let trays = drives::plug(spec, &mut slots, &mut disks)?;
         let floppies = floppies::plug(spec, &mut slots)?;
         let vnc = screen::listen(spec, &screen, &input)?;
         let boot_devices = std::mem::take(&mut slots.boot);
@@ -332,7 +328,7 @@ impl Machine {
             acpi_pm,
             units,
             firmware: firmware.map(|f| (f, boot_devices)),
-            image_disks,
+            disks,
             trays,
             floppies,
             cables,
@@ -349,28 +345,6 @@ impl Machine {
 }
 
 impl Machine {
-    /// Brings everything that the guest has written into the files. Image formats keep tables in
-    /// memory: without this, what the guest has not flushed is not in the file, and a snapshot
-    /// would not fit its disks. Fails with the first disk that fails.
-    pub fn flush_disks(&self) -> anyhow::Result<()> {
-        let (sender, receiver) = std::sync::mpsc::channel();
-        for (n, disk) in self.image_disks.iter().enumerate() {
-            let sender = sender.clone();
-            let done = move |outcome| {
-                // Nobody waits any more if another disk was too slow.
-                let _ = sender.send((n, outcome));
-            };
-            disk.submit(&self.memory, BlockRequest::Flush, Box::new(done));
-        }
-        for _ in &self.image_disks {
-            let (n, outcome) = receiver
-                .recv_timeout(FLUSH_WITHIN)
-                .map_err(|_| anyhow::anyhow!("a disk does not finish its flush"))?;
-            outcome.map_err(|e| anyhow::Error::new(e).context(format!("image {n}")))?;
-        }
-        Ok(())
-    }
-
     /// Every unit in the order of restore: interrupt controllers last. The restore of a device
     /// may move its interrupt lines, and a controller must not keep an edge of that.
     pub fn restore_order(&self) -> Vec<&Unit> {
@@ -446,8 +420,8 @@ impl Slots<'_> {
 struct Plugged {
     /// The balloon's control, if there is one.
     balloon: Option<BalloonControl>,
-    /// The disks whose images hold state in memory.
-    image_disks: Vec<Arc<dyn BlockBackend>>,
+    /// The disks that were opened.
+    disks: Disks,
     /// Cables of the network cards.
     cables: Vec<Arc<dyn Cable>>,
 }
@@ -459,12 +433,12 @@ fn plug_devices(
     console: &Console,
     slots: &mut Slots<'_>,
 ) -> Result<Plugged, AssemblyError> {
-    let mut image_disks = Vec::new();
+    let mut disks = Disks::default();
     for (n, d) in spec.disks.iter().enumerate() {
         if d.bus != DiskBus::Virtio {
             continue;
         }
-        let backend = drives::open_listed(spec, n, &mut image_disks)?;
+        let backend = disks.open(spec, n)?;
         let config = BlkConfig {
             serial: d.serial.clone().unwrap_or_default(),
             ..BlkConfig::default()
@@ -503,7 +477,7 @@ fn plug_devices(
     }
     Ok(Plugged {
         balloon: balloon_control,
-        image_disks,
+        disks,
         cables,
     })
 }
@@ -516,37 +490,4 @@ fn output(field: &str, path: Option<&Path>) -> Result<Box<dyn SerialBackend>, As
     let file =
         OutputFile::open(path).map_err(|e| input(field, format!("{}: {e}", path.display())))?;
     Ok(Box::new(file))
-}
-
-fn open_disk(disk: &DiskSpec) -> Result<Arc<dyn BlockBackend>, String> {
-    let path = &disk.path;
-    if disk.format == DiskFormat::Raw {
-        let raw =
-            RawDisk::open(path, disk.read_only).map_err(|e| format!("{}: {e}", path.display()))?;
-        return Ok(Arc::new(raw));
-    }
-    let image = open(path, open_options(disk)).map_err(|e| e.to_string())?;
-    let served = ImageDisk::new(image)
-        .map_err(|e| format!("cannot start the threads of disk {}: {e}", path.display()))?;
-    Ok(Arc::new(served))
-}
-
-/// How the image of a disk is opened.
-pub(crate) fn open_options(disk: &DiskSpec) -> OpenOptions {
-    OpenOptions {
-        format: match disk.format {
-            DiskFormat::Raw => Format::Raw,
-            DiskFormat::Qcow2 => Format::Qcow2,
-            DiskFormat::Vmdk => Format::Vmdk,
-            DiskFormat::Vdi => Format::Vdi,
-            DiskFormat::Vhd => Format::Vhd,
-            DiskFormat::Vhdx => Format::Vhdx,
-        },
-        read_only: disk.read_only,
-        references: if disk.allow_backing {
-            References::Follow
-        } else {
-            References::Refuse
-        },
-    }
 }

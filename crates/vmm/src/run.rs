@@ -22,7 +22,7 @@ use pyrite_api::control::{
     Stroke, Tree,
 };
 use pyrite_api::v1::{
-    ResetPolicy, SNAPSHOT_FORMAT, ScreenSpec, SnapshotManifest, SpecError, VmSpec,
+    DiskSetting, ResetPolicy, SNAPSHOT_FORMAT, ScreenSpec, SnapshotManifest, SpecError, VmSpec,
 };
 use pyrite_engine::{StopReason, saved};
 use pyrite_state::Inspect;
@@ -70,6 +70,8 @@ pub enum Event {
     FrontGone,
     /// The guest kernel says that it panics, or (`None`) has gone on after all.
     Panic(Option<String>),
+    /// A request to this disk failed on the host and is kept.
+    DiskError(usize),
 }
 
 const POWER_OFF: u32 = 1 << 0;
@@ -194,6 +196,11 @@ impl Driver {
     /// Drives the VM from its first instruction (or from `spec.restore`) to its end.
     pub fn drive(self) -> Ending {
         let clock = Arc::clone(&self.machine.clock);
+        let sender = self.sender.clone();
+        self.machine.disks.notify(move |disk| {
+            // A driver that is gone needs no events.
+            let _ = sender.send(Event::DiskError(disk));
+        });
         let timers = std::thread::Builder::new()
             .name("timers".into())
             .spawn(move || clock.run_timers());
@@ -222,7 +229,7 @@ impl Driver {
                 tracing::warn!("while ending: {e:#}");
             }
         }
-        if let Err(e) = running.d.machine.flush_disks() {
+        if let Err(e) = running.d.machine.disks.flush(&running.d.machine.memory) {
             tracing::error!("while ending: {e:#}");
         }
         running.d.machine.clock.shut_down();
@@ -326,7 +333,34 @@ impl Running {
                 self.panic = None;
                 None
             }
+            Event::DiskError(disk) => self.disk_error(disk),
         }
+    }
+
+    /// Pauses the VM, whose disk has a request that failed.
+    fn disk_error(&mut self, disk: usize) -> Option<Ending> {
+        // Gone if the VM was stopped for another reason meanwhile, and went on.
+        let problem = self.d.machine.disks.kept_of(disk)?;
+        if let Err(e) = self.pause() {
+            return Some(failed(&e));
+        }
+        tracing::info!("paused: {problem}");
+        self.notice(Notice::DiskError { disk, problem });
+        None
+    }
+
+    /// Changes limits of a disk, or what its errors do.
+    fn set_disk(&mut self, disk: usize, changes: &[DiskSetting]) -> Result<()> {
+        let spec = self.d.spec.disks.get_mut(disk);
+        let mut settings = spec.as_ref().map(|s| s.settings).unwrap_or_default();
+        for change in changes {
+            settings.apply(*change).map_err(anyhow::Error::msg)?;
+        }
+        self.d.machine.disks.set(disk, &settings)?;
+        if let Some(spec) = spec {
+            spec.settings = settings;
+        }
+        Ok(())
     }
 
     fn vcpu_stopped(&mut self, index: u32, reason: StopReason) -> Option<Ending> {
@@ -406,7 +440,12 @@ impl Running {
     }
 
     fn reset(&mut self) -> Option<Ending> {
-        if let Err(e) = self.pause() {
+        let paused = self.pause().and_then(|()| {
+            // A reset forgets what waits because of an error.
+            self.d.machine.disks.give_up();
+            self.drain()
+        });
+        if let Err(e) = paused {
             return Some(failed(&e));
         }
         // What the guest asked for before the reset has gone with it.
@@ -472,6 +511,9 @@ impl Running {
                     m.change_medium(drive, path.as_deref(), force)
                 };
                 changed.map(|()| Outcome::Done)
+            }
+            Command::Disk { disk, changes } => {
+                self.set_disk(disk, &changes).map(|()| Outcome::Done)
             }
             Command::Link { card, up } => {
                 let set = self.d.machine.set_link(card, up);
@@ -554,10 +596,12 @@ impl Running {
         for unit in &self.d.machine.units {
             lock(unit).start();
         }
+        self.d.machine.disks.hurry(false);
         self.d.machine.console.release(false);
         self.d.machine.console.pause(false);
         self.d.machine.input.pause(false);
         self.d.machine.clock.start();
+        self.d.machine.disks.release();
         self.vcpus.run();
         self.running = true;
     }
@@ -580,16 +624,28 @@ impl Running {
         self.stop_vcpus()?;
         self.d.machine.clock.stop();
         self.pause_units();
+        self.d.machine.disks.hurry(true);
+        self.drain()?;
+        self.d.machine.vm.settle_irqfds();
+        Ok(())
+    }
+
+    /// Waits until nothing is in flight, but for what is kept because of an error of a disk.
+    fn drain(&self) -> Result<()> {
+        let m = &self.d.machine;
         let until = Instant::now() + DRAIN_WITHIN;
-        for unit in &self.d.machine.units {
-            while !lock(unit).drained() {
+        for unit in &m.units {
+            loop {
+                let drained = lock(unit).drained();
+                if drained || (m.disks.quiet() && m.disks.kept().is_some()) {
+                    break;
+                }
                 if Instant::now() > until {
                     bail!("{} does not finish its work", lock(unit).unit());
                 }
                 std::thread::sleep(Duration::from_micros(200));
             }
         }
-        self.d.machine.vm.settle_irqfds();
         Ok(())
     }
 
@@ -714,6 +770,7 @@ impl Running {
             ("resets", Inspect::Uint(self.resets.into())),
             ("vnc", vnc.unwrap_or(Inspect::Bool(false))),
             ("vm", m.vm.inspect()),
+            ("disks", m.disks.inspect()),
             ("trays", m.inspect_trays()),
             ("units", Inspect::Node(units.collect())),
         ])
@@ -736,7 +793,13 @@ impl Running {
             bail!("the guest is just being reset or switched off");
         }
         let m = &self.d.machine;
-        m.flush_disks().context("the disks")?;
+        if let Some(problem) = m.disks.kept() {
+            bail!(
+                "{problem}; resume the VM when the error is gone, or let the guest see it with \
+                 `pyrite ctl SOCKET disk N on-error=report` and resume"
+            );
+        }
+        m.disks.flush(&m.memory).context("the disks")?;
         let mut sections = Vec::new();
         for index in 0..m.vcpus {
             sections.push(saved::save(&vcpu_unit(index), &*self.vcpus.state(index)?));

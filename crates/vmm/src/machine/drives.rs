@@ -3,12 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use pyrite_api::v1::{DiskBus, DiskFormat, VmSpec};
+use pyrite_api::v1::{DiskBus, VmSpec};
 use pyrite_devices::storage::ahci::{self, Ahci};
 use pyrite_devices::storage::ata::{Device, Names};
 use pyrite_devices::storage::ide::Ide;
 use pyrite_devices::storage::nvme::{Nvme, NvmeNames};
-use pyrite_disk::blocks::LargeBlocks;
 use pyrite_disk::medium::Tray;
 use pyrite_disk::raw::RawImage;
 use pyrite_disk::scsi::{Identity, Kind, Unit};
@@ -19,29 +18,11 @@ use pyrite_vdev::bus::lock;
 use pyrite_vdev::{IrqLine, IrqSink};
 use pyrite_virtio::{Scsi, ScsiConfig};
 
-use super::{AssemblyError, Machine, Slots, input, open_disk};
+use super::disks::Disks;
+use super::{AssemblyError, Machine, Slots, input};
 
 /// LIMIT: request queues of a SCSI host.
 const MAX_SCSI_QUEUES: u16 = 16;
-
-/// Opens disk `n`; if its format keeps tables in memory, it is put on that list.
-pub(super) fn open_listed(
-    spec: &VmSpec,
-    n: usize,
-    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
-) -> Result<Arc<dyn BlockBackend>, AssemblyError> {
-    let disk = &spec.disks[n];
-    let backend = open_disk(disk).map_err(|e| input(format!("disks[{n}].path"), e))?;
-    if disk.format != DiskFormat::Raw {
-        image_disks.push(Arc::clone(&backend));
-    }
-    let Some(block_bytes) = disk.block_bytes else {
-        return Ok(backend);
-    };
-    let large = LargeBlocks::new(backend, block_bytes)
-        .map_err(|e| input(format!("disks[{n}].block_bytes"), format!("the disk {e}")))?;
-    Ok(Arc::new(large))
-}
 
 fn open_medium(path: &Path) -> Result<Arc<dyn BlockBackend>, String> {
     let problem = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
@@ -62,7 +43,7 @@ fn ata_drives(
     spec: &VmSpec,
     bus: DiskBus,
     trays: &[Arc<Tray>],
-    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
+    disks: &mut Disks,
 ) -> Result<Vec<Device>, AssemblyError> {
     let serial_link = bus == DiskBus::Ahci;
     let names = |model: &str, serial: String| Names {
@@ -72,7 +53,7 @@ fn ata_drives(
     };
     let mut drives = Vec::new();
     for (n, d) in spec.disks.iter().enumerate().filter(|(_, d)| d.bus == bus) {
-        let backend = open_listed(spec, n, image_disks)?;
+        let backend = disks.open(spec, n)?;
         let names = names("PYRITE HARDDISK", serial(d.serial.as_deref(), n));
         drives.push(Device::disk(backend, names, serial_link));
     }
@@ -98,7 +79,7 @@ fn boot_names(spec: &VmSpec, bus: DiskBus) -> Vec<String> {
 pub(super) fn plug(
     spec: &VmSpec,
     slots: &mut Slots<'_>,
-    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
+    disks: &mut Disks,
 ) -> Result<Vec<Arc<Tray>>, AssemblyError> {
     let mut trays = Vec::new();
     for (n, c) in spec.cdroms.iter().enumerate() {
@@ -108,7 +89,7 @@ pub(super) fn plug(
         ));
     }
     let mut names = boot_names(spec, DiskBus::Ahci).into_iter();
-    let mut drives = ata_drives(spec, DiskBus::Ahci, &trays, image_disks)?
+    let mut drives = ata_drives(spec, DiskBus::Ahci, &trays, disks)?
         .into_iter()
         .peekable();
     for n in 0.. {
@@ -123,7 +104,7 @@ pub(super) fn plug(
             slots.name_boot_device(name, "pci8086,2922", &unit);
         }
     }
-    let mut drives = ata_drives(spec, DiskBus::Ide, &trays, image_disks)?.into_iter();
+    let mut drives = ata_drives(spec, DiskBus::Ide, &trays, disks)?.into_iter();
     if drives.len() > 0 {
         // Master and slave of the first channel, then of the second.
         let drives = [(); 2].map(|()| [(); 2].map(|()| drives.next()));
@@ -141,21 +122,17 @@ pub(super) fn plug(
             slots.name_boot_device(name, "ide", &unit);
         }
     }
-    plug_nvme(spec, slots, image_disks)?;
-    plug_scsi(spec, slots, &trays, image_disks)?;
+    plug_nvme(spec, slots, disks)?;
+    plug_scsi(spec, slots, &trays, disks)?;
     Ok(trays)
 }
 
 /// An NVMe controller for each of its disks.
-fn plug_nvme(
-    spec: &VmSpec,
-    slots: &mut Slots<'_>,
-    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
-) -> Result<(), AssemblyError> {
-    let disks = spec.disks.iter().enumerate();
-    let disks = disks.filter(|(_, d)| d.bus == DiskBus::Nvme);
-    for (number, (n, d)) in disks.enumerate() {
-        let namespaces = vec![open_listed(spec, n, image_disks)?];
+fn plug_nvme(spec: &VmSpec, slots: &mut Slots<'_>, disks: &mut Disks) -> Result<(), AssemblyError> {
+    let all = spec.disks.iter().enumerate();
+    let nvme = all.filter(|(_, d)| d.bus == DiskBus::Nvme);
+    for (number, (n, d)) in nvme.enumerate() {
+        let namespaces = vec![disks.open(spec, n)?];
         let names = NvmeNames {
             model: "PYRITE NVME".into(),
             serial: serial(d.serial.as_deref(), n),
@@ -173,7 +150,7 @@ fn plug_scsi(
     spec: &VmSpec,
     slots: &mut Slots<'_>,
     trays: &[Arc<Tray>],
-    image_disks: &mut Vec<Arc<dyn BlockBackend>>,
+    disks: &mut Disks,
 ) -> Result<(), AssemblyError> {
     let identity = |product: &str, serial: String| Identity {
         vendor: "PYRITE".into(),
@@ -184,7 +161,7 @@ fn plug_scsi(
     let mut units = Vec::new();
     for (n, d) in spec.disks.iter().enumerate() {
         if d.bus == DiskBus::Scsi {
-            let kind = Kind::Disk(open_listed(spec, n, image_disks)?);
+            let kind = Kind::Disk(disks.open(spec, n)?);
             let identity = identity("HARDDISK", serial(d.serial.as_deref(), n));
             units.push(Unit::new(kind, identity, false));
         }

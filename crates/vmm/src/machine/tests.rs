@@ -73,26 +73,27 @@ fn disks_are_flushed_without_the_guest() {
         gpa: 0x1000,
         len: 512,
     }];
-    let write = BlockRequest::Write {
+    let write = pyrite_disk::BlockRequest::Write {
         offset: 1 << 20,
         bufs,
         fua: false,
     };
     let (sender, receiver) = std::sync::mpsc::channel();
-    m.image_disks[0].submit(&m.memory, write, Box::new(move |r| sender.send(r).unwrap()));
+    let done = Box::new(move |r| sender.send(r).unwrap());
+    m.disks.image(0).submit(&m.memory, write, done);
     receiver.recv().unwrap().unwrap();
     // What another process would find if this one were killed now.
     let found = || {
         let copy = TempFile(image.0.with_extension("copy"));
         std::fs::copy(&image.0, &copy.0).unwrap();
         let options = open_options(&disk).read_only();
-        let there = open(&copy.0, options).unwrap();
+        let there = pyrite_disk::open::open(&copy.0, options).unwrap();
         let mut sector = [0; 512];
         pyrite_disk::image::read_into(&*there, 1 << 20, &mut sector).unwrap();
         sector
     };
     assert_eq!(found(), [0; 512], "only in memory yet");
-    m.flush_disks().unwrap();
+    m.disks.flush(&m.memory).unwrap();
     assert_eq!(found(), [0x77; 512]);
 }
 
