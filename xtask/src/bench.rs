@@ -1,8 +1,9 @@
-//! Benchmarks: `cargo xtask bench boot|net|guest|show|compare`. `docs/benchmarks.md` says how to use them.
+//! Benchmarks: `cargo xtask bench boot|disk|net|guest|show|compare`. `docs/benchmarks.md` says how to use them.
 
 use std::path::PathBuf;
 
 mod boot;
+mod disk;
 mod guest;
 mod image;
 mod machine;
@@ -10,11 +11,14 @@ mod net;
 mod options;
 mod report;
 mod result;
+mod shell;
 mod usage;
 mod workloads;
 
 pub const USAGE: &str = "  bench boot [ROUNDS [CPUS]]
           time to the first shell prompt, against QEMU's TCG, in one run
+  bench disk [--seconds N] [--json FILE] [CONTROLLER...]
+          fio in a guest on a raw disk, against QEMU's TCG, in one run: virtio, nvme, ahci
   bench net [ROUNDS [SECONDS]]
           iperf3 between guest and host over the user network, against QEMU's TCG, in one run
   bench guest [OPTIONS]
@@ -35,6 +39,13 @@ pub fn main(args: &[String]) -> Result<bool, String> {
             };
             boot::boot(rounds as usize, cpus)?;
         }
+        Some((what, rest)) if what == "disk" => match disk::Options::parse(rest) {
+            Ok(options) => disk::disk(&options)?,
+            Err(e) => {
+                eprintln!("bench disk: {e}");
+                return Ok(false);
+            }
+        },
         Some((what, rest)) if what == "net" => {
             let number = |n: usize, default| rest.get(n).map_or(Ok(default), |a| a.parse());
             let (Ok(rounds @ 1..), Ok(seconds @ 1..)) = (number(0, 1u32), number(1, 5u32)) else {
