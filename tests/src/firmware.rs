@@ -78,6 +78,69 @@ pub fn ask(s: &mut Session, command: &str) -> String {
     out
 }
 
+/// SeaBIOS.
+pub fn bios() -> Option<PathBuf> {
+    package_file("seabios", "usr/share/seabios", "bios-256k.bin")
+}
+
+/// Types a character at a time, because a BIOS keeps few that nobody has read.
+pub fn type_slowly(s: &mut Session, line: &str) {
+    for c in line.chars() {
+        s.send(&c.to_string());
+        s.expect(&c.to_string(), MINUTE);
+    }
+    s.send("\r");
+}
+
+/// Debian's GRUB rescue image, as a disk, and a disk that is a tar archive, which GRUB reads: a
+/// kernel and what GRUB is to do with it.
+pub fn grub_disks(dir: &Scratch) -> Option<(PathBuf, PathBuf)> {
+    let image = package_file(
+        "grub-rescue-pc",
+        "usr/lib/grub-rescue",
+        "grub-rescue-cdrom.iso",
+    )?;
+    let guest = kernel("", &[])?;
+    let mut bytes = std::fs::read(image).expect("GRUB");
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    let grub = dir.file("grub.img", &bytes);
+    let script = "serial --unit=0\nterminal_output serial\nterminal_input serial\n\
+                  linux (hd1)/vmlinuz console=ttyS0 quiet\ninitrd (hd1)/initrd.img\nboot\n";
+    dir.file("g", script.as_bytes());
+    let tar = dir.0.join("data.tar");
+    let kernels = guest.kernel.parent().expect("directory of the guest");
+    let done = Command::new("tar")
+        .args(["--format=ustar", "-cf", text(&tar), "-C", text(&dir.0), "g"])
+        .args(["-C", text(kernels), "vmlinuz", "initrd.img"])
+        .status();
+    assert!(done.expect("tar").success());
+    Some((grub, tar))
+}
+
+/// OVMF; its variables are found by their name.
+pub fn uefi() -> Option<PathBuf> {
+    package_file("ovmf", "usr/share/OVMF", "OVMF_VARS_4M.fd")?;
+    package_file("ovmf", "usr/share/OVMF", "OVMF_CODE_4M.fd")
+}
+
+/// Debian's GRUB for UEFI, which looks for `/EFI/debian/grub.cfg`.
+pub fn signed_grub() -> Option<PathBuf> {
+    let dir = "usr/lib/grub/x86_64-efi-signed";
+    package_file("grub-efi-amd64-signed", dir, "grubx64.efi")
+}
+
+/// Past the seconds in which the shell of UEFI offers to leave out `startup.nsh`.
+pub fn into_shell(s: &mut Session) {
+    s.expect("any other key to continue", MINUTE);
+    s.send("\r");
+}
+
+/// What the shell of UEFI prints for a command.
+pub fn ask_shell(s: &mut Session, command: &str) -> String {
+    s.send(&format!("{command}\r"));
+    s.until("Shell>", MINUTE)
+}
+
 fn crc32(bytes: &[u8]) -> [u8; 4] {
     let mut crc = flate2::Crc::new();
     crc.update(bytes);

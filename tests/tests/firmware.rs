@@ -1,52 +1,13 @@
 //! Firmware of the host's distribution on the software engine: SeaBIOS boots from disks, through GRUB,
 //! to a Debian kernel.
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use pyrite_tests::firmware::{MINUTE, ask, kernel, package_file, start, text};
+use pyrite_tests::firmware::{MINUTE, ask, bios, grub_disks, start, text, type_slowly};
 use pyrite_tests::{Scratch, Session, ctl, pyrite};
 
 const TWO_MINUTES: Duration = Duration::from_secs(120);
-
-fn bios() -> Option<PathBuf> {
-    package_file("seabios", "usr/share/seabios", "bios-256k.bin")
-}
-
-/// Types a character at a time, because a BIOS keeps few that nobody has read.
-fn type_slowly(s: &mut Session, line: &str) {
-    for c in line.chars() {
-        s.send(&c.to_string());
-        s.expect(&c.to_string(), MINUTE);
-    }
-    s.send("\r");
-}
-
-/// Debian's GRUB rescue image, as a disk, and a disk that is a tar archive, which GRUB reads: a
-/// kernel and what GRUB is to do with it.
-fn grub_disks(dir: &Scratch) -> Option<(PathBuf, PathBuf)> {
-    let image = package_file(
-        "grub-rescue-pc",
-        "usr/lib/grub-rescue",
-        "grub-rescue-cdrom.iso",
-    )?;
-    let guest = kernel("", &[])?;
-    let mut bytes = std::fs::read(image).expect("GRUB");
-    bytes.resize(bytes.len().next_multiple_of(512), 0);
-    let grub = dir.file("grub.img", &bytes);
-    let script = "serial --unit=0\nterminal_output serial\nterminal_input serial\n\
-                  linux (hd1)/vmlinuz console=ttyS0 quiet\ninitrd (hd1)/initrd.img\nboot\n";
-    dir.file("g", script.as_bytes());
-    let tar = dir.0.join("data.tar");
-    let kernels = guest.kernel.parent().expect("directory of the guest");
-    let done = Command::new("tar")
-        .args(["--format=ustar", "-cf", text(&tar), "-C", text(&dir.0), "g"])
-        .args(["-C", text(kernels), "vmlinuz", "initrd.img"])
-        .status();
-    assert!(done.expect("tar").success());
-    Some((grub, tar))
-}
 
 /// A boot sector that says `words` through the BIOS and stops.
 fn boot_sector(words: &str) -> Vec<u8> {

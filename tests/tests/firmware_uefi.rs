@@ -1,27 +1,17 @@
 //! UEFI firmware (OVMF) of the host's distribution on the software engine: to its shell, through GRUB
 //! to a Debian kernel, with variables that stay, a screen, secure boot, and in another process.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pyrite_tests::firmware::{
-    MINUTE, ask, esp, kernel, package_directory, package_file, start, text,
+    MINUTE, ask, ask_shell, esp, into_shell, kernel, package_directory, package_file, signed_grub,
+    start, text, uefi,
 };
 use pyrite_tests::screen::{Pixels, screenshot};
 use pyrite_tests::{Scratch, Session, ctl, pyrite};
 
 const GUID: &str = "11112222-3333-4444-5555-666677778888";
-
-/// OVMF; its variables are found by their name.
-fn uefi() -> Option<PathBuf> {
-    package_file("ovmf", "usr/share/OVMF", "OVMF_VARS_4M.fd")?;
-    package_file("ovmf", "usr/share/OVMF", "OVMF_CODE_4M.fd")
-}
-
-fn signed_grub() -> Option<PathBuf> {
-    let dir = "usr/lib/grub/x86_64-efi-signed";
-    package_file("grub-efi-amd64-signed", dir, "grubx64.efi")
-}
 
 /// What GRUB is to do: start the kernel that is next to it.
 const GRUB_CFG: &str = "serial --unit=0\nterminal_output serial\nterminal_input serial\n\
@@ -30,18 +20,6 @@ const GRUB_CFG: &str = "serial --unit=0\nterminal_output serial\nterminal_input 
 
 fn read(path: &Path) -> Vec<u8> {
     std::fs::read(path).expect("a file")
-}
-
-/// Past the seconds in which the shell offers to leave out `startup.nsh`.
-fn into_shell(s: &mut Session) {
-    s.expect("any other key to continue", MINUTE);
-    s.send("\r");
-}
-
-/// What the firmware's shell prints for a command.
-fn ask_shell(s: &mut Session, command: &str) -> String {
-    s.send(&format!("{command}\r"));
-    s.until("Shell>", MINUTE)
 }
 
 #[test]

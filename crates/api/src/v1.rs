@@ -42,6 +42,8 @@ pub const MAX_CDROMS: usize = 6;
 pub const MAX_FLOPPIES: usize = 2;
 /// LIMIT: drives on IDE: two channels of two.
 pub const MAX_IDE_DRIVES: usize = 4;
+/// LIMIT: drives on USB: ports of its controller for the fast ones.
+pub const MAX_USB_DRIVES: usize = 8;
 /// LIMIT: bytes in a disk's serial number. virtio 1.3 §5.2.6.
 pub const MAX_SERIAL_BYTES: usize = 20;
 /// LIMIT: port forwards.
@@ -187,6 +189,8 @@ pub enum DiskBus {
     Nvme,
     /// A target of a virtio SCSI host.
     Scsi,
+    /// A mass storage device on USB.
+    Usb,
 }
 
 /// A disk.
@@ -256,6 +260,18 @@ pub struct FloppySpec {
     /// The drive; without, the smallest one that reads the medium, or 1.44 MB if there is none.
     #[serde(default)]
     pub drive: Option<FloppyKind>,
+}
+
+/// Devices for people on USB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UsbSpec {
+    /// A keyboard.
+    #[serde(default)]
+    pub keyboard: bool,
+    /// A tablet: a pointer that goes where it is sent.
+    #[serde(default)]
+    pub tablet: bool,
 }
 
 /// A port of the host that leads into the guest.
@@ -349,6 +365,9 @@ pub struct VmSpec {
     /// Screen.
     #[serde(default)]
     pub screen: ScreenSpec,
+    /// Keyboard and pointer on USB; those of a PC (PS/2) are always there.
+    #[serde(default)]
+    pub usb: UsbSpec,
     /// Memory balloon.
     #[serde(default)]
     pub balloon: bool,
@@ -396,6 +415,7 @@ impl Default for VmSpec {
             net: NetSpec::default(),
             console: ConsoleKind::Serial,
             screen: ScreenSpec::default(),
+            usb: UsbSpec::default(),
             balloon: false,
             vsock: None,
             serial2: None,
@@ -579,16 +599,20 @@ impl VmSpec {
                 bad(format!("cdroms[{n}].path"), text.into());
             }
             if matches!(c.bus, DiskBus::Virtio | DiskBus::Nvme) {
-                let text = "a CD drive cannot be there; expected ahci, ide or scsi";
+                let text = "a CD drive cannot be there; expected ahci, ide, scsi or usb";
                 bad(format!("cdroms[{n}].bus"), text.into());
             }
         }
-        let buses = self.disks.iter().map(|d| d.bus);
-        let buses = buses.chain(self.cdroms.iter().map(|c| c.bus));
-        let ide = buses.filter(|b| *b == DiskBus::Ide).count();
-        if ide > MAX_IDE_DRIVES {
-            let text = format!("{ide} drives on ide; at most {MAX_IDE_DRIVES}");
-            bad("disks".into(), text);
+        for (bus, name, most) in [
+            (DiskBus::Ide, "ide", MAX_IDE_DRIVES),
+            (DiskBus::Usb, "usb", MAX_USB_DRIVES),
+        ] {
+            let disks = self.disks.iter().filter(|d| d.bus == bus).count();
+            let count = disks + self.cdroms.iter().filter(|c| c.bus == bus).count();
+            if count > most {
+                let text = format!("{count} drives on {name}; at most {most}");
+                bad("disks".into(), text);
+            }
         }
     }
 

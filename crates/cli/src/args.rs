@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
     BootSpec, CdromSpec, ConsoleKind, DirectKind, DiskBus, DiskSetting, DiskSpec, EngineKind, FloppyKind,
-    FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError, VmSpec,
+    FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError, UsbSpec, VmSpec,
 };
 
 use crate::firmware::FirmwareArgs;
@@ -85,6 +85,15 @@ pub enum ConsoleArg {
     Virtio,
     /// No console
     None,
+}
+
+/// Devices on USB by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum UsbArg {
+    /// A keyboard, which firmware can use too
+    Keyboard,
+    /// A pointer with an absolute position
+    Tablet,
 }
 
 /// Arguments of `pyrite ctl`.
@@ -202,7 +211,7 @@ pub struct RunArgs {
     ///
     /// FILE is the image of the medium (ISO 9660), or none for an empty tray; `pyrite ctl` changes
     /// it. bus= says how the drive is connected: ahci (the default),
-    /// ide or scsi.
+    /// ide, scsi or usb.
     #[arg(long = "cdrom", value_name = "FILE[,bus=BUS]", value_parser = parse_cdrom)]
     pub cdroms: Vec<CdromSpec>,
     /// Floppy drive; repeatable, for A and B
@@ -277,6 +286,17 @@ pub struct RunArgs {
     /// The screen
     #[command(flatten)]
     pub screen: crate::screen::ScreenArgs,
+    /// Add a keyboard or a tablet on USB; several with commas
+    ///
+    /// What is typed and pointed at from outside goes to them as soon as the guest uses them, and to
+    /// the PS/2 keyboard and mouse otherwise. A tablet's pointer is where that of the viewer is.
+    #[arg(
+        long,
+        value_name = "keyboard,tablet",
+        value_enum,
+        value_delimiter = ','
+    )]
+    pub usb: Vec<UsbArg>,
     /// Add a memory balloon
     #[arg(long)]
     pub balloon: bool,
@@ -347,6 +367,10 @@ impl RunArgs {
             },
             console: console.unwrap_or_default(),
             screen: self.screen.spec(),
+            usb: UsbSpec {
+                keyboard: self.usb.contains(&UsbArg::Keyboard),
+                tablet: self.usb.contains(&UsbArg::Tablet),
+            },
             balloon: self.balloon,
             vsock: self.vsock.clone(),
             serial2: self.serial2.clone(),
@@ -396,6 +420,7 @@ fn option_of(path: &str) -> &'static str {
         ("console", _) => "--console",
         ("screen", p) if p.starts_with("screen.vnc") => "--vnc",
         ("screen", _) => "--vga",
+        ("usb", _) => "--usb",
         ("balloon", _) => "--balloon",
         ("vsock", _) => "--vsock",
         ("serial2", _) => "--serial2",
@@ -506,9 +531,10 @@ pub fn parse_bus(text: &str) -> Result<DiskBus, String> {
         "ide" => DiskBus::Ide,
         "nvme" => DiskBus::Nvme,
         "scsi" => DiskBus::Scsi,
+        "usb" => DiskBus::Usb,
         _ => {
             return Err(format!(
-                "unknown bus {text:?}; expected virtio, ahci, ide, nvme or scsi"
+                "unknown bus {text:?}; expected virtio, ahci, ide, nvme, scsi or usb"
             ));
         }
     })
@@ -610,7 +636,9 @@ mod tests {
             "--cdrom",
             "c.iso",
             "--cdrom",
-            "none,bus=ahci",
+            "none,bus=usb",
+            "--usb",
+            "tablet,keyboard",
             "-p",
             "8080:80",
             "-p",
@@ -653,6 +681,8 @@ mod tests {
         );
         assert!(spec.floppies[0].read_only && !spec.floppies[1].read_only);
         assert_eq!(spec.floppies[1].drive, Some(FloppyKind::D2880));
+        assert!(spec.usb.keyboard && spec.usb.tablet);
+        assert_eq!(spec.cdroms[1].bus, DiskBus::Usb);
         let media: Vec<_> = spec.floppies.iter().map(|f| f.path.clone()).collect();
         assert_eq!(media, [Some(PathBuf::from("f.img")), None]);
         let media: Vec<_> = spec.cdroms.iter().map(|c| c.path.clone()).collect();
@@ -686,6 +716,7 @@ mod tests {
             ["--timeout", "0"],
             ["--timeout", "soon"],
             ["--engine", "tcg"],
+            ["--usb", "tablet,mouse"],
             ["--cpus", "x"],
         ] {
             assert_eq!(run(&args).unwrap_err().exit_code(), 2, "{args:?}");

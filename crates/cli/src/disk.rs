@@ -16,8 +16,8 @@ the file name is written twice.
   backing=allow  the image may name other files that are then read, such as a
                  backing file
   serial=TEXT    serial number that the guest sees
-  bus=BUS        how it is connected: virtio (the default), ahci, ide, nvme or scsi
-                 (virtio-scsi)
+  bus=BUS        how it is connected: virtio (the default), ahci, ide, nvme, scsi
+                 (virtio-scsi) or usb
   block=4096     shown with blocks of 4 KiB
 
 Settings that `pyrite ctl SOCKET disk N SETTING=VALUE...` changes while the VM runs:

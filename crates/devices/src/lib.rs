@@ -36,3 +36,4 @@ pub mod storage;
 #[cfg(test)]
 mod tests;
 pub mod uart;
+pub mod usb;

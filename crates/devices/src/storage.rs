@@ -20,6 +20,6 @@ pub mod ide;
 pub mod isa_dma;
 pub mod nvme;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use crate::dwords::{read_dwords, write_dwords};

@@ -44,6 +44,7 @@ mod nics;
 mod screen;
 #[cfg(test)]
 mod tests;
+mod usb;
 
 pub use disks::Disks;
 pub(crate) use disks::open_options;
@@ -284,8 +285,10 @@ impl Machine {
             cables,
         } = plug_devices(spec, &console, &mut slots)?;
         let screen = screen::plug(spec, &mut slots)?;
-        let input = Input::new(&chipset.i8042).map_err(|e| host("input")(e.into()))?;
         let trays = drives::plug(spec, &mut slots, &mut disks)?;
+        let usb = usb::plug(spec, &mut slots, &trays, &mut disks)?;
+        let input = Input::new(&chipset.i8042, usb.as_ref());
+        let input = input.map_err(|e| host("input")(e.into()))?;
         let floppies = floppies::plug(spec, &mut slots)?;
         let vnc = screen::listen(spec, &screen, &input)?;
         let boot_devices = std::mem::take(&mut slots.boot);

@@ -1,15 +1,20 @@
 //! The queue of input events, and the thread that hands them to the guest.
 //!
+//! They go to keyboard and tablet on USB as soon as the guest uses those, and to the PS/2 keyboard and
+//! mouse otherwise.
+//!
 //! The guest's keyboard takes a few keys at a time. What it has no room for waits here, in order,
 //! and while the VM is paused everything does. Events that find the queue full are dropped.
 //!
 //! LOCK ORDER: no lock of this module is held while a device is called.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use pyrite_devices::i8042::I8042;
+use pyrite_devices::usb::device::{self, Heard};
+use pyrite_devices::usb::xhci::Xhci;
 use pyrite_vdev::bus::lock;
 
 use super::keys::{self, KeyCode};
@@ -41,6 +46,9 @@ pub enum InputEvent {
         dz: i32,
         /// Buttons held: 1 left, 2 right, 4 middle, 8 and 16 side buttons.
         buttons: u8,
+        /// Where it is then, if that is known: from the left and the upper edge (0) to the right
+        /// and the lower one (7FFFH).
+        at: Option<(u16, u16)>,
     },
     /// Time for the guest to follow.
     Gap,
@@ -57,6 +65,7 @@ struct Queue {
 struct Shared {
     queue: Mutex<Queue>,
     changed: Condvar,
+    usb: Option<Weak<Mutex<Xhci>>>,
 }
 
 /// The input of a machine. Clones are the same input.
@@ -64,9 +73,16 @@ struct Shared {
 pub struct Input(Arc<Shared>);
 
 impl Input {
-    /// Input for a keyboard controller, held back until [`Input::pause`] lets it through.
-    pub fn new(keyboard: &Arc<Mutex<I8042>>) -> std::io::Result<Input> {
-        let shared: Arc<Shared> = Arc::default();
+    /// Input for a keyboard controller and perhaps devices on USB, held back until
+    /// [`Input::pause`] lets it through.
+    pub fn new(
+        keyboard: &Arc<Mutex<I8042>>,
+        usb: Option<&Arc<Mutex<Xhci>>>,
+    ) -> std::io::Result<Input> {
+        let shared = Arc::new(Shared {
+            usb: usb.map(Arc::downgrade),
+            ..Shared::default()
+        });
         lock(&shared.queue).paused = true;
         let input = Input(Arc::clone(&shared));
         let keyboard = Arc::downgrade(keyboard);
@@ -91,14 +107,17 @@ impl Input {
                         dy,
                         dz,
                         buttons,
+                        at,
                     }),
                     InputEvent::Pointer {
                         dx: x,
                         dy: y,
                         dz: z,
                         buttons: b,
+                        at: new,
                     },
                 ) if buttons == b => {
+                    *at = *new;
                     *dx = dx.saturating_add(*x);
                     *dy = dy.saturating_add(*y);
                     *dz = dz.saturating_add(*z);
@@ -108,6 +127,11 @@ impl Input {
         }
         self.0.changed.notify_all();
         true
+    }
+
+    /// The guest wants to know where the pointer is, rather than how it moves.
+    pub fn wants_place(&self) -> bool {
+        self.0.usb().is_some_and(|u| lock(&u).wants_pointer())
     }
 
     /// Types characters. Says which one has no key.
@@ -154,7 +178,24 @@ impl Input {
 }
 
 impl Shared {
+    fn usb(&self) -> Option<Arc<Mutex<Xhci>>> {
+        self.usb.as_ref().and_then(Weak::upgrade)
+    }
+
+    /// Tries the devices on USB: `None` if the guest uses none for this, else whether it was taken.
+    fn to_usb(&self, event: &device::Input) -> Option<bool> {
+        let usb = self.usb()?;
+        let heard = lock(&usb).input(event);
+        match heard {
+            Heard::NotMine => None,
+            Heard::Full => Some(false),
+            Heard::On(_) => Some(true),
+        }
+    }
+
     fn deliver(&self, keyboard: &Weak<Mutex<I8042>>) {
+        // Keys that went down on the PS/2 keyboard: they come up there.
+        let mut held = BTreeSet::new();
         loop {
             let q = lock(&self.queue);
             let idle = |q: &mut Queue| (q.events.is_empty() || q.paused) && !q.closed;
@@ -168,15 +209,34 @@ impl Shared {
                 return;
             };
             let taken = match event {
-                InputEvent::Key { code, is_down } => lock(&device).key(code, is_down),
+                InputEvent::Key { code, is_down } => {
+                    let usb = match held.contains(&code) && !is_down {
+                        true => None,
+                        false => self.to_usb(&device::Input::Key { code, is_down }),
+                    };
+                    usb.unwrap_or_else(|| {
+                        let taken = lock(&device).key(code, is_down);
+                        if taken && is_down {
+                            held.insert(code);
+                        } else if taken {
+                            held.remove(&code);
+                        }
+                        taken
+                    })
+                }
                 InputEvent::Pointer {
                     dx,
                     dy,
                     dz,
                     buttons,
+                    at,
                 } => {
-                    lock(&device).mouse(dx, dy, dz, buttons);
-                    true
+                    let place = |(x, y)| device::Input::Pointer { x, y, dz, buttons };
+                    at.and_then(|at| self.to_usb(&place(at)))
+                        .unwrap_or_else(|| {
+                            lock(&device).mouse(dx, dy, dz, buttons);
+                            true
+                        })
                 }
                 InputEvent::Gap => {
                     std::thread::sleep(TYPING_GAP);
@@ -197,12 +257,14 @@ impl Shared {
                             dy,
                             dz,
                             buttons,
+                            ..
                         }),
                         InputEvent::Pointer {
                             dx: x,
                             dy: y,
                             dz: z,
                             buttons: b,
+                            ..
                         },
                     ) if *buttons == b => {
                         *dx = dx.saturating_sub(x);

@@ -152,7 +152,7 @@ fn typed_text_reaches_the_keyboard_in_order_and_waits_while_paused() {
     let line = |n| pyrite_vdev::IrqLine::new(Arc::new(Nobody), n);
     let device = pyrite_devices::i8042::I8042::new(line(1), line(12), Arc::new(Nobody));
     let device = Arc::new(Mutex::new(device));
-    let input = Input::new(&device).unwrap();
+    let input = Input::new(&device, None).unwrap();
     // More than the keyboard holds at once.
     let text = "Hello, 8042! ".repeat(5);
     assert!(input.send(&Input::text(&text).unwrap()));

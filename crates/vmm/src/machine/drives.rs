@@ -34,7 +34,7 @@ fn open_medium(path: &Path) -> Result<Arc<dyn BlockBackend>, String> {
 }
 
 /// The serial number of a drive that was given none: its number among all of its kind.
-fn serial(given: Option<&str>, n: usize) -> String {
+pub(super) fn serial(given: Option<&str>, n: usize) -> String {
     given.map_or_else(|| format!("PY{n:08}"), str::to_owned)
 }
 
@@ -66,7 +66,7 @@ fn ata_drives(
 }
 
 /// Names for boot orders of the drives on a bus, in their order.
-fn boot_names(spec: &VmSpec, bus: DiskBus) -> Vec<String> {
+pub(super) fn boot_names(spec: &VmSpec, bus: DiskBus) -> Vec<String> {
     let disks = spec.disks.iter().enumerate().filter(|(_, d)| d.bus == bus);
     let cdroms = spec.cdroms.iter().enumerate().filter(|(_, c)| c.bus == bus);
     let disks = disks.map(|(n, _)| format!("disk{n}"));
@@ -145,13 +145,13 @@ fn plug_nvme(spec: &VmSpec, slots: &mut Slots<'_>, disks: &mut Disks) -> Result<
     Ok(())
 }
 
-/// One SCSI host for all its disks and CD drives, with a request queue for each vCPU.
-fn plug_scsi(
+/// The SCSI units on a bus: disks in their order, then CD drives.
+pub(super) fn scsi_units(
     spec: &VmSpec,
-    slots: &mut Slots<'_>,
+    bus: DiskBus,
     trays: &[Arc<Tray>],
     disks: &mut Disks,
-) -> Result<(), AssemblyError> {
+) -> Result<Vec<Unit>, AssemblyError> {
     let identity = |product: &str, serial: String| Identity {
         vendor: "PYRITE".into(),
         product: product.into(),
@@ -160,18 +160,29 @@ fn plug_scsi(
     };
     let mut units = Vec::new();
     for (n, d) in spec.disks.iter().enumerate() {
-        if d.bus == DiskBus::Scsi {
+        if d.bus == bus {
             let kind = Kind::Disk(disks.open(spec, n)?);
             let identity = identity("HARDDISK", serial(d.serial.as_deref(), n));
             units.push(Unit::new(kind, identity, false));
         }
     }
     for (n, (c, tray)) in spec.cdroms.iter().zip(trays).enumerate() {
-        if c.bus == DiskBus::Scsi {
+        if c.bus == bus {
             let identity = identity("DVD-ROM", serial(None, n));
             units.push(Unit::new(Kind::Cd(Arc::clone(tray)), identity, false));
         }
     }
+    Ok(units)
+}
+
+/// One SCSI host for all its disks and CD drives, with a request queue for each vCPU.
+fn plug_scsi(
+    spec: &VmSpec,
+    slots: &mut Slots<'_>,
+    trays: &[Arc<Tray>],
+    disks: &mut Disks,
+) -> Result<(), AssemblyError> {
+    let units = scsi_units(spec, DiskBus::Scsi, trays, disks)?;
     if units.is_empty() {
         return Ok(());
     }

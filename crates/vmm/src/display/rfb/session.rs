@@ -47,10 +47,12 @@ struct Wants {
     zrle: bool,
     desktop_size: bool,
     extended_size: bool,
-    /// Pseudo-rectangles that are due once: extended keys, relative pointer.
-    tell: Vec<i32>,
-    /// Told that the pointer is relative.
-    relative_pointer: bool,
+    /// Extended keys are to be offered.
+    offer_keys: bool,
+    /// It can be told whether the pointer is relative.
+    motion: bool,
+    /// Told that the pointer is relative, or that it is not.
+    relative_pointer: Option<bool>,
     /// The size is to be told, with this reason and status.
     tell_size: Option<(u16, u16)>,
     /// An update is asked for.
@@ -81,8 +83,9 @@ pub(super) fn run(shared: &Arc<Shared>, stream: Stream) -> io::Result<()> {
             zrle: false,
             desktop_size: false,
             extended_size: false,
-            tell: Vec::new(),
-            relative_pointer: false,
+            offer_keys: false,
+            motion: false,
+            relative_pointer: None,
             tell_size: None,
             asked: false,
             whole: None,
@@ -124,6 +127,15 @@ struct Hands {
     /// Buttons of the protocol.
     buttons: u8,
     pointer: Option<(i32, i32)>,
+    /// Where the pointer is, as a share of the screen.
+    place: Option<(u16, u16)>,
+}
+
+/// A coordinate as a share of the screen's width or height, up to 7FFFH.
+fn share(at: i32, size: u32) -> u16 {
+    let last = i64::from(size.max(2)) - 1;
+    let share = i64::from(at).clamp(0, last) * 0x7fff / last;
+    u16::try_from(share).unwrap_or(0x7fff)
 }
 
 impl Hands {
@@ -153,11 +165,16 @@ impl Hands {
         self.buttons = buttons;
         let dz = i32::from(pressed >> 4 & 1) - i32::from(pressed >> 3 & 1);
         let held = buttons & 1 | (buttons & 2) << 1 | (buttons & 4) >> 1;
+        let size = shared.screen.look(Duration::MAX, |s| {
+            (s.surface().width(), s.surface().height())
+        });
+        self.place = (!relative).then(|| (share(at.0, size.0), share(at.1, size.1)));
         shared.input.send(&[InputEvent::Pointer {
             dx,
             dy,
             dz,
             buttons: held,
+            at: self.place,
         }]);
     }
 
@@ -173,6 +190,7 @@ impl Hands {
                 dy: 0,
                 dz: 0,
                 buttons: 0,
+                at: self.place,
             }]);
         }
     }
@@ -224,7 +242,7 @@ impl Session {
                     }
                 }
                 Message::Pointer { buttons, x, y } => {
-                    let relative = w.relative_pointer;
+                    let relative = w.relative_pointer == Some(true);
                     drop(w);
                     hands.pointer(shared, buttons, (x.into(), y.into()), relative);
                 }
@@ -257,9 +275,10 @@ impl Session {
                     None => FRAME,
                 }
             };
+            let relative = !shared.input.wants_place();
             let pieces = shared.screen.look(age, |shown| {
                 let mut w = lock(&self.wants);
-                view.collect(&mut w, shown)
+                view.collect(&mut w, shown, relative)
             });
             let Some(pieces) = pieces else {
                 let pause = if last_change.elapsed() > CALM {
@@ -304,11 +323,9 @@ impl Wants {
             self.tell_size = Some((REASON_SERVER, 0));
         }
         self.extended_size = extended;
-        for e in [EXTENDED_KEY, POINTER_MOTION_CHANGE] {
-            if encodings.contains(&e) && !self.tell.contains(&e) {
-                self.tell.push(e);
-            }
-        }
+        self.offer_keys |= encodings.contains(&EXTENDED_KEY);
+        self.motion = encodings.contains(&POINTER_MOTION_CHANGE);
+        self.relative_pointer = self.relative_pointer.filter(|_| self.motion);
     }
 }
 
@@ -338,7 +355,8 @@ struct View {
 
 impl View {
     /// What to send now, if anything; the wishes that it fulfils are taken away.
-    fn collect(&mut self, w: &mut Wants, shown: &Shown) -> Option<Update> {
+    /// `relative`: the guest takes movements of the pointer, not places.
+    fn collect(&mut self, w: &mut Wants, shown: &Shown, relative: bool) -> Option<Update> {
         let size = (shown.surface().width(), shown.surface().height());
         let mut pieces = Vec::new();
         if let Some((reason, status)) = w.tell_size.take()
@@ -367,11 +385,13 @@ impl View {
             self.seen = shown.generation();
         }
         if w.asked || !pieces.is_empty() {
-            for e in w.tell.drain(..) {
-                let relative = e == POINTER_MOTION_CHANGE;
-                w.relative_pointer |= relative;
+            if std::mem::take(&mut w.offer_keys) {
+                pieces.push(Piece::Note(EXTENDED_KEY, 0, 0));
+            }
+            if w.motion && w.relative_pointer != Some(relative) {
+                w.relative_pointer = Some(relative);
                 // Position 0 of this one means relative.
-                pieces.push(Piece::Note(e, 0, 0));
+                pieces.push(Piece::Note(POINTER_MOTION_CHANGE, (!relative).into(), 0));
             }
         }
         if pieces.is_empty() {

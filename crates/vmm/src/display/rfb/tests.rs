@@ -61,7 +61,7 @@ fn rig(name: &str, tcp: bool, password: Option<&str>) -> Rig {
     let vga = Arc::new(Mutex::new(vga));
     let line = |n| IrqLine::new(Arc::new(Nobody), n);
     let keyboard = Arc::new(Mutex::new(I8042::new(line(1), line(12), Arc::new(Nobody))));
-    let input = Input::new(&keyboard).unwrap();
+    let input = Input::new(&keyboard, None).unwrap();
     input.pause(false);
     let screen = Arc::new(Screen::new(vga.clone()));
     let path = std::env::temp_dir().join(format!("pyrite-vnc-{name}-{}", std::process::id()));
