@@ -80,6 +80,19 @@ pub enum Command {
         /// What.
         strokes: Vec<Stroke>,
     },
+    /// Moves the pointer of the tablet, and perhaps clicks there.
+    Point {
+        /// Dots from the left edge of the screen.
+        x: u32,
+        /// Dots from its upper edge.
+        y: u32,
+        /// Buttons that are pressed and let go there: 1 left, 2 right, 4 middle.
+        #[serde(default)]
+        buttons: u8,
+        /// Notches of the wheel towards the user, turned there.
+        #[serde(default)]
+        wheel: i32,
+    },
     /// Shows the tree of what the machine is, below `path`.
     Inspect {
         /// `/`-separated; empty for all.

@@ -41,6 +41,8 @@ pub enum Command {
     Type(crate::screen::TypeArgs),
     /// Press keys of the keyboard of a running VM.
     Key(crate::screen::KeyArgs),
+    /// Move the pointer of a running VM that has a tablet, and click.
+    Mouse(crate::screen::MouseArgs),
     /// Connect VMs to each other, and to nothing else, until stopped.
     ///
     /// VMs join with --net switch,path=SOCKET. Only the user who started the switch can join.

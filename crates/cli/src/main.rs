@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         Command::Screenshot(args) => screen::screenshot(&args),
         Command::Type(args) => screen::type_text(&args),
         Command::Key(args) => screen::key(&args),
+        Command::Mouse(args) => screen::mouse(&args),
         Command::Switch(args) => net::switch(&args),
         Command::Image(args) => image::run(args),
         Command::Doctor => doctor::run(),

@@ -1,11 +1,11 @@
-//! The screen and keyboard of a VM: options of `pyrite run`, and the commands `screenshot`, `type`
-//! and `key`.
+//! The screen, keyboard and pointer of a VM: options of `pyrite run`, and the commands `screenshot`,
+//! `type`, `key` and `mouse`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use pyrite_api::control::{Command, MAX_STROKES, MAX_TEXT_CHARS, Stroke};
 use pyrite_api::v1::{ScreenSpec, VgaKind, VncListen, VncSpec};
 
@@ -107,6 +107,53 @@ pub struct KeyArgs {
     /// Keys, one chord after the other: ctrl-alt-delete, f2, shift-a, enter
     #[arg(required = true, value_name = "KEY[-KEY...]")]
     keys: Vec<String>,
+}
+
+/// Buttons by name.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Button {
+    Left,
+    Right,
+    Middle,
+}
+
+/// Options of `pyrite mouse`.
+#[derive(Debug, Args)]
+pub struct MouseArgs {
+    /// The socket that the VM was given with --control
+    socket: PathBuf,
+    /// Dots from the left edge of the screen, as in a screenshot
+    x: u32,
+    /// Dots from its upper edge
+    y: u32,
+    /// Press a button there, and let it go
+    #[arg(long, value_enum)]
+    click: Option<Button>,
+    /// Turn the wheel there by so many notches: down, or up if negative
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(i32).range(-100..=100)
+    )]
+    wheel: i32,
+}
+
+/// `pyrite mouse`.
+pub fn mouse(args: &MouseArgs) -> u8 {
+    let command = Command::Point {
+        x: args.x,
+        y: args.y,
+        buttons: match args.click {
+            None => 0,
+            Some(Button::Left) => 1,
+            Some(Button::Right) => 2,
+            Some(Button::Middle) => 4,
+        },
+        wheel: args.wheel,
+    };
+    crate::ctl::finish(crate::ctl::request(&args.socket, command))
 }
 
 /// `pyrite screenshot`.

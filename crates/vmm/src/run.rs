@@ -31,7 +31,7 @@ use pyrite_vdev::bus::lock;
 use pyrite_x86::CpuState;
 
 use crate::boot::BootImage;
-use crate::display::input::Input;
+use crate::display::input::{self, Input};
 use crate::machine::Machine;
 use crate::snapshot;
 
@@ -497,6 +497,12 @@ impl Running {
             Command::Balloon { bytes } => self.balloon(bytes).map(|()| Outcome::Done),
             Command::Screenshot { path } => self.screenshot(&path).map(|()| Outcome::Done),
             Command::Keys { strokes } => self.keys(&strokes).map(|()| Outcome::Done),
+            Command::Point {
+                x,
+                y,
+                buttons,
+                wheel,
+            } => self.point((x, y), buttons, wheel).map(|()| Outcome::Done),
             Command::Medium {
                 drive,
                 floppy,
@@ -583,6 +589,31 @@ impl Running {
             events.extend(more.map_err(anyhow::Error::msg)?);
         }
         if !self.d.machine.input.send(&events) {
+            bail!("the guest has not yet taken what was typed before; try again later");
+        }
+        Ok(())
+    }
+
+    /// Moves the tablet's pointer to a dot of the screen.
+    fn point(&self, (x, y): (u32, u32), buttons: u8, wheel: i32) -> Result<()> {
+        let m = &self.d.machine;
+        let Some((screen, _)) = &m.screen else {
+            bail!("this VM has no screen; start it with --vga std");
+        };
+        let (width, height) = screen.look(Duration::ZERO, |s| {
+            (s.surface().width(), s.surface().height())
+        });
+        if x >= width || y >= height {
+            bail!("the screen has {width} x {height} dots; expected a place on it");
+        }
+        if !m.input.wants_place() {
+            bail!(
+                "the guest uses no tablet; start the VM with --usb tablet, and wait until the guest \
+                 has its driver"
+            );
+        }
+        let at = (input::share(x, width), input::share(y, height));
+        if !m.input.send(&Input::point(at, buttons, wheel)) {
             bail!("the guest has not yet taken what was typed before; try again later");
         }
         Ok(())

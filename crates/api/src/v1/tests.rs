@@ -99,6 +99,33 @@ fn all_errors_are_listed_by_path() {
 }
 
 #[test]
+fn buses_have_room_for_so_many_drives() {
+    let spec = |bus, count: usize| VmSpec {
+        boot: BootSpec {
+            kernel: "k".into(),
+            ..BootSpec::default()
+        },
+        disks: (0..count)
+            .map(|n| DiskSpec {
+                path: format!("d{n}").into(),
+                bus,
+                ..DiskSpec::default()
+            })
+            .collect(),
+        cdroms: vec![CdromSpec { path: None, bus }],
+        ..VmSpec::default()
+    };
+    for (bus, most) in [
+        (DiskBus::Ide, MAX_IDE_DRIVES),
+        (DiskBus::Usb, MAX_USB_DRIVES),
+    ] {
+        assert!(spec(bus, most - 1).validate().is_ok());
+        let errors = spec(bus, most).validate().unwrap_err();
+        assert_eq!(errors[0].path, "disks", "{errors:?}");
+    }
+}
+
+#[test]
 fn firmware_and_identity_are_checked() {
     let firmware = FirmwareSpec {
         code: "bios.bin".into(),

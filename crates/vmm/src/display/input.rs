@@ -92,6 +92,24 @@ impl Input {
         Ok(input)
     }
 
+    /// The pointer goes to a place, presses and lets go `buttons` there, and turns the wheel by `dz`.
+    pub fn point(at: (u16, u16), buttons: u8, dz: i32) -> Vec<InputEvent> {
+        let pointer = |buttons, dz| InputEvent::Pointer {
+            dx: 0,
+            dy: 0,
+            dz,
+            buttons,
+            at: Some(at),
+        };
+        let mut events = vec![pointer(0, dz)];
+        if buttons != 0 {
+            let click = [InputEvent::Gap, pointer(buttons, 0), InputEvent::Gap];
+            events.extend(click);
+            events.push(pointer(0, 0));
+        }
+        events
+    }
+
     /// Puts events at the end of the queue: all of them, or none if there is no room.
     pub fn send(&self, events: &[InputEvent]) -> bool {
         let mut q = lock(&self.0.queue);
@@ -175,6 +193,13 @@ impl Input {
     pub fn clear(&self) {
         lock(&self.0.queue).events.clear();
     }
+}
+
+/// A coordinate as a share of the screen's width or height, up to 7FFFH.
+pub fn share(at: u32, size: u32) -> u16 {
+    let last = u64::from(size.max(2)) - 1;
+    let share = u64::from(at).min(last) * 0x7fff / last;
+    u16::try_from(share).unwrap_or(0x7fff)
 }
 
 impl Shared {

@@ -142,6 +142,9 @@ fn typed_text_reaches_the_keyboard_in_order_and_waits_while_paused() {
     impl pyrite_vdev::IrqSink for Nobody {
         fn set_level(&self, _gsi: u32, _level: bool) {}
     }
+    impl pyrite_vdev::MsiSink for Nobody {
+        fn send(&self, _: pyrite_vdev::MsiMessage) {}
+    }
     impl pyrite_vdev::MachineEvents for Nobody {
         fn power_off(&self) {}
         fn reset(&self) {}
@@ -152,7 +155,20 @@ fn typed_text_reaches_the_keyboard_in_order_and_waits_while_paused() {
     let line = |n| pyrite_vdev::IrqLine::new(Arc::new(Nobody), n);
     let device = pyrite_devices::i8042::I8042::new(line(1), line(12), Arc::new(Nobody));
     let device = Arc::new(Mutex::new(device));
-    let input = Input::new(&device, None).unwrap();
+    // The guest does not use the keyboard on USB.
+    let memory = Arc::new(pyrite_mem::GuestMemory::new(1 << 20).unwrap());
+    let clock = Arc::default();
+    let keyboard = Box::new(pyrite_devices::usb::hid::keyboard::Keyboard::new());
+    let usb = pyrite_devices::usb::xhci::Xhci::new(
+        "xhci0",
+        vec![keyboard],
+        memory,
+        &clock,
+        Arc::new(Nobody),
+        line(16),
+    );
+    let input = Input::new(&device, Some(&usb)).unwrap();
+    assert!(!input.wants_place());
     // More than the keyboard holds at once.
     let text = "Hello, 8042! ".repeat(5);
     assert!(input.send(&Input::text(&text).unwrap()));
@@ -184,4 +200,32 @@ fn typed_text_reaches_the_keyboard_in_order_and_waits_while_paused() {
     assert_eq!(codes.len(), expected);
     let most = vec![InputEvent::Gap; 1 << 17];
     assert!(!input.send(&most), "more than there is room for");
+}
+
+#[test]
+fn places_on_the_screen_are_shares_of_it() {
+    use super::input::share;
+    assert_eq!(
+        [share(0, 640), share(639, 640), share(9999, 640)],
+        [0, 0x7fff, 0x7fff]
+    );
+    assert_eq!([share(0, 1), share(7, 0)], [0, 0x7fff]);
+    let events = Input::point((1, 2), 4, -3);
+    let pointer = |buttons, dz| InputEvent::Pointer {
+        dx: 0,
+        dy: 0,
+        dz,
+        buttons,
+        at: Some((1, 2)),
+    };
+    assert_eq!(events[0], pointer(0, -3));
+    assert_eq!(
+        events[1..],
+        [
+            InputEvent::Gap,
+            pointer(4, 0),
+            InputEvent::Gap,
+            pointer(0, 0),
+        ]
+    );
 }

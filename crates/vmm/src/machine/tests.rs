@@ -1,5 +1,5 @@
 use super::*;
-use pyrite_api::v1::{DiskFormat, DiskSpec, NetSpec};
+use pyrite_api::v1::{DiskFormat, DiskSpec, NetSpec, UsbSpec};
 use pyrite_state::Section;
 
 /// Nobody listens.
@@ -22,8 +22,12 @@ impl Drop for TempFile {
 
 const MEMORY: u64 = 64 << 20;
 
-/// A machine with every device, and the file of its disk.
+/// A machine with every device of board 1, and the file of its disk.
 fn machine(name: &str) -> (Machine, TempFile) {
+    machine_with(name, UsbSpec::default())
+}
+
+fn machine_with(name: &str, usb: UsbSpec) -> (Machine, TempFile) {
     let path = std::env::temp_dir().join(format!("pyrite-machine-{name}-{}", std::process::id()));
     std::fs::write(&path, vec![0; 1 << 20]).unwrap();
     let spec = VmSpec {
@@ -36,6 +40,7 @@ fn machine(name: &str) -> (Machine, TempFile) {
         net: NetSpec::default(),
         console: ConsoleKind::Virtio,
         balloon: true,
+        usb,
         ..VmSpec::default()
     };
     let cpuid = crate::engines::guest_cpuid(Engine::Soft, "host", 2).unwrap();
@@ -224,7 +229,11 @@ fn save(m: &Machine) -> Vec<Section> {
 #[test]
 fn hostile_guests_leave_machines_that_can_be_saved() {
     for seed in 1..=6u64 {
-        let (m, _file) = machine(&format!("a{seed}"));
+        let usb = UsbSpec {
+            keyboard: true,
+            tablet: true,
+        };
+        let (m, _file) = machine_with(&format!("a{seed}"), usb);
         let io = MachineIo(Arc::clone(&m.chipset));
         let mut r = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let bars = bars(&m);
@@ -250,7 +259,7 @@ fn hostile_guests_leave_machines_that_can_be_saved() {
         settle(&m);
         let first = save(&m);
         assert_eq!(first, save(&m), "seed {seed}: saved twice");
-        let (other, _file) = machine(&format!("b{seed}"));
+        let (other, _file) = machine_with(&format!("b{seed}"), usb);
         other.clock.set_ns(m.clock.now_ns());
         let mut page = vec![0; 1 << 20];
         for gpa in (0..MEMORY).step_by(page.len()) {

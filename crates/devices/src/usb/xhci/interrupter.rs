@@ -142,10 +142,9 @@ impl Interrupter {
         event: Trb,
         interrupts: bool,
     ) -> Result<(), MemError> {
-        if self.is_held() || !self.put(memory, event, interrupts, true)? {
-            if self.held.len() < MAX_HELD {
-                self.held.push_back((event, interrupts));
-            }
+        let waits = self.is_held() || !self.put(memory, event, interrupts, true)?;
+        if waits && self.held.len() < MAX_HELD {
+            self.held.push_back((event, interrupts));
         }
         Ok(())
     }

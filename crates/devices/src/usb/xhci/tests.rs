@@ -594,7 +594,7 @@ fn memory_that_is_not_there_stops_the_controller() {
     d.input_context(1);
     assert_eq!(d.address(slot, false).0, 17);
     assert_eq!(d.command(nowhere, 0, 11 << 10 | 1 << 24).0, 17);
-    assert_eq!(d.command(u64::MAX & !0xf, 0, 11 << 10 | 1 << 24).0, 17);
+    assert_eq!(d.command(!0xf, 0, 11 << 10 | 1 << 24).0, 17);
     let mut d = Driver::new().up();
     let slot = d.plug(10);
     d.open(slot, &[(REPORTS, 7)]);

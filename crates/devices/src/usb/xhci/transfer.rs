@@ -27,7 +27,7 @@ pub(super) enum Served {
 
 /// The address of an endpoint on the bus.
 fn address(endpoint: u8) -> u8 {
-    endpoint / 2 | (endpoint & 1) << 7
+    (endpoint / 2) | ((endpoint & 1) << 7)
 }
 
 impl Controller {

@@ -15,7 +15,7 @@ use super::messages::{Message, receive};
 use super::pixels::PixelFormat;
 use super::wire::{self, Receiver, Sender, Stream};
 use super::zrle::Zrle;
-use crate::display::input::InputEvent;
+use crate::display::input::{InputEvent, share};
 use crate::display::keys::{self, KeyCode};
 use crate::display::{FRAME, Generation, Rect, Shown};
 
@@ -131,13 +131,6 @@ struct Hands {
     place: Option<(u16, u16)>,
 }
 
-/// A coordinate as a share of the screen's width or height, up to 7FFFH.
-fn share(at: i32, size: u32) -> u16 {
-    let last = i64::from(size.max(2)) - 1;
-    let share = i64::from(at).clamp(0, last) * 0x7fff / last;
-    u16::try_from(share).unwrap_or(0x7fff)
-}
-
 impl Hands {
     fn key(&mut self, shared: &Shared, code: KeyCode, is_down: bool) {
         if is_down {
@@ -168,7 +161,8 @@ impl Hands {
         let size = shared.screen.look(Duration::MAX, |s| {
             (s.surface().width(), s.surface().height())
         });
-        self.place = (!relative).then(|| (share(at.0, size.0), share(at.1, size.1)));
+        let (x, y) = (at.0.unsigned_abs(), at.1.unsigned_abs());
+        self.place = (!relative).then(|| (share(x, size.0), share(y, size.1)));
         shared.input.send(&[InputEvent::Pointer {
             dx,
             dy,

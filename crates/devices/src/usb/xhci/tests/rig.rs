@@ -254,7 +254,7 @@ impl Driver {
     /// Tells how far events were read; `busy`: the handler is at work still.
     pub(super) fn end_of_handler(&self, busy: bool) {
         let clear = if busy { 0 } else { 8 };
-        self.write64(0x1038, EVENT_RING + 16 * self.event | clear);
+        self.write64(0x1038, (EVENT_RING + 16 * self.event) | clear);
     }
 
     pub(super) fn drain(&mut self) {
@@ -341,7 +341,7 @@ impl Driver {
         let which = u32::from(slot) << 24 | u32::from(endpoint) << 16;
         assert_eq!(self.command(0, 0, 14 << 10 | which).0, 1);
         let ring = *self.ring(slot, endpoint);
-        let at = ring.base + 16 * ring.at | u64::from(ring.cycle);
+        let at = (ring.base + 16 * ring.at) | u64::from(ring.cycle);
         assert_eq!(self.command(at, 0, 16 << 10 | which).0, 1);
     }
 
