@@ -37,7 +37,7 @@ mod slot;
 mod tests;
 mod transfer;
 
-use controller::{BUDGET, Controller, ControllerSaved};
+use controller::{BUDGET, Controller, ControllerSaved, PAUSE_NS};
 
 const KIND: &str = "xhci";
 const VERSION: u16 = 1;
@@ -115,8 +115,12 @@ impl Shared {
         }
         c.update_interrupts();
         c.pumping = false;
-        let deadline = c.deadline(now_ns).filter(|_| c.running);
-        drop(c);
+        let mut deadline = c.deadline(now_ns).filter(|_| c.running);
+        if c.budget == 0 && c.running {
+            let later = now_ns.saturating_add(PAUSE_NS);
+            deadline = Some(deadline.map_or(later, |d| d.min(later)));
+        }
+        // With the controller locked: what another thread sets is newer.
         self.timer.set(deadline);
     }
 

@@ -18,9 +18,11 @@ use super::{
 };
 use crate::usb::device::{self, Bus, Heard, Speed, UsbDevice};
 
-/// LIMIT: blocks that are read for one reason. A ring that leads on for ever is gone on with at the
-/// next register access.
+/// LIMIT: blocks that are read for one reason. What is left, perhaps of a ring that leads on for
+/// ever, is gone on with after [`PAUSE_NS`] of guest time.
 pub(super) const BUDGET: u32 = 1 << 14;
+/// See [`BUDGET`].
+pub(super) const PAUSE_NS: u64 = 10_000_000;
 /// Nanoseconds of a microframe.
 const MICROFRAME_NS: u64 = 125_000;
 

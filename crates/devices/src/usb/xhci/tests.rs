@@ -625,6 +625,8 @@ fn memory_that_is_not_there_stops_the_controller() {
     assert_eq!(d.command(link | 1, 0, set).0, 1);
     d.doorbell(slot, REPORTS);
     assert_eq!(d.command(0, 0, 23 << 10).0, 1);
+    d.clock.advance(100_000_000);
+    assert_eq!(d.command(0, 0, 23 << 10).0, 1);
     // Without bus mastering nothing moves.
     lock(&d.xhci).config_write(4, &3_u16.to_le_bytes());
     d.queue_command(0, 0, 23 << 10);
