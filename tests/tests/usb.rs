@@ -11,7 +11,7 @@ use pyrite_tests::firmware::{
     type_slowly, uefi,
 };
 use pyrite_tests::fixtures::{self, Guest, KernelPackage};
-use pyrite_tests::vm::{STEP, Vm, with};
+use pyrite_tests::vm::{Vm, with};
 use pyrite_tests::{Scratch, ctl, pyrite};
 use pyrite_vmm::display::rfb::testing::Viewer;
 
