@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
-    BootSpec, CdromSpec, ConsoleKind, DirectKind, DiskBus, DiskSetting, DiskSpec, EngineKind, FloppyKind,
-    FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError, UsbSpec, VmSpec,
+    BootSpec, CdromSpec, ConsoleKind, DirectKind, DiskBus, DiskSetting, DiskSpec, EngineKind,
+    FloppyKind, FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError,
+    UsbSpec, VmSpec,
 };
 
 use crate::firmware::FirmwareArgs;
