@@ -336,8 +336,8 @@ fn agent(dir: &Scratch) -> Result<PathBuf, String> {
 
 /// Asks an agent over a connection; the line that it answers.
 fn ask_agent(stream: &UnixStream, reader: &mut impl BufRead, request: &str) -> String {
-    (&mut &*stream)
-        .write_all(format!("{request}\n").as_bytes())
+    let mut to = stream;
+    to.write_all(format!("{request}\n").as_bytes())
         .expect("request");
     let mut line = String::new();
     reader.read_line(&mut line).expect("answer");

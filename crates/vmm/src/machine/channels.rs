@@ -173,9 +173,10 @@ impl Shared {
 
     /// Brings what the client writes to the guest, until the client leaves.
     fn read_in(&self, client: &UnixStream) {
+        let mut stream = client;
         let mut buffer = [0; INPUT_BYTES];
         loop {
-            let n = match (&mut &*client).read(&mut buffer) {
+            let n = match stream.read(&mut buffer) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Ok(0) | Err(_) => return,
                 Ok(n) => n,
@@ -217,7 +218,7 @@ impl Shared {
                 (s.client.clone(), wake)
             };
             if let Some(client) = client
-                && (&mut &*client).write_all(&piece).is_err()
+                && (&*client).write_all(&piece).is_err()
             {
                 // Its reader sees the end, too.
                 let _ = client.shutdown(Shutdown::Both);
@@ -311,11 +312,13 @@ mod tests {
         until("full", || {
             let n = channel.write(&piece);
             sent += n;
-            // Twice in a row: the thread may just have made room.
-            n == 0
-                && std::thread::sleep(Duration::from_millis(50)) == ()
-                && channel.write(&[7]) == 0
+            if n == 0 {
+                // Twice in a row: the thread may just have made room.
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            n == 0 && channel.write(&[7]) == 0
         });
+        assert!(sent >= OUTPUT_BYTES, "{sent}");
         drop(client);
         until("asked again", || *lock(&guest.ready) > 0);
         until("gone", || lock(&guest.host_open).len() == 3);
