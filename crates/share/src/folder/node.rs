@@ -106,7 +106,7 @@ impl Attr {
         Attr {
             id,
             mode: s.st_mode,
-            links: s.st_nlink as u64,
+            links: s.st_nlink,
             uid: s.st_uid,
             gid: s.st_gid,
             rdev: s.st_rdev,
