@@ -13,6 +13,7 @@ mod disk;
 mod firmware;
 mod nic;
 mod screen;
+mod share;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,10 @@ pub use nic::{
     RateSpec,
 };
 pub use screen::{ScreenSpec, VgaKind, VncListen, VncSpec};
+pub use share::{
+    ChannelSpec, MAX_CHANNEL_NAME_BYTES, MAX_CHANNELS, MAX_SHARES, MAX_TAG_BYTES, ShareKind,
+    ShareOwner, ShareSpec,
+};
 pub use snapshot::{SNAPSHOT_FORMAT, SnapshotManifest};
 
 /// LIMIT: most vCPUs of a VM.
@@ -374,6 +379,12 @@ pub struct VmSpec {
     /// Unix socket path of the vsock device; none without.
     #[serde(default)]
     pub vsock: Option<PathBuf>,
+    /// Folders of the host that the guest can mount.
+    #[serde(default)]
+    pub shares: Vec<ShareSpec>,
+    /// Ports of the guest as Unix sockets.
+    #[serde(default)]
+    pub channels: Vec<ChannelSpec>,
     /// File for what the guest sends on the second serial port; it is dropped without.
     #[serde(default)]
     pub serial2: Option<PathBuf>,
@@ -418,6 +429,8 @@ impl Default for VmSpec {
             usb: UsbSpec::default(),
             balloon: false,
             vsock: None,
+            shares: Vec::new(),
+            channels: Vec::new(),
             serial2: None,
             debugcon: None,
             reset: ResetPolicy::Reboot,
@@ -540,6 +553,8 @@ impl VmSpec {
                 );
             }
         }
+        share::validate_shares(&self.shares, &mut bad);
+        share::validate_channels(&self.channels, &mut bad);
         if errors.is_empty() {
             Ok(())
         } else {

@@ -286,6 +286,9 @@ pub struct RunArgs {
     /// Unix socket for connections to and from the guest (vsock)
     #[arg(long, value_name = "SOCKET")]
     pub vsock: Option<PathBuf>,
+    /// Folders and channels
+    #[command(flatten)]
+    pub share: crate::share::ShareArgs,
     /// The screen
     #[command(flatten)]
     pub screen: crate::screen::ScreenArgs,
@@ -376,6 +379,8 @@ impl RunArgs {
             },
             balloon: self.balloon,
             vsock: self.vsock.clone(),
+            shares: self.share.shares.clone(),
+            channels: self.share.channels.clone(),
             serial2: self.serial2.clone(),
             debugcon: self.debugcon.clone(),
             reset: if self.no_reboot {
@@ -426,6 +431,8 @@ fn option_of(path: &str) -> &'static str {
         ("usb", _) => "--usb",
         ("balloon", _) => "--balloon",
         ("vsock", _) => "--vsock",
+        ("shares", _) => "--share",
+        ("channels", _) => "--channel",
         ("serial2", _) => "--serial2",
         ("debugcon", _) => "--debugcon",
         ("time_limit_ms", _) => "--timeout",

@@ -35,6 +35,7 @@ use crate::firmware::{BootDevices, Firmware, LogLines};
 use crate::output::OutputFile;
 use crate::run::console::Console;
 
+mod channels;
 mod disks;
 #[cfg(test)]
 mod doorbell_tests;
@@ -42,6 +43,7 @@ mod drives;
 mod floppies;
 mod nics;
 mod screen;
+mod shares;
 #[cfg(test)]
 mod tests;
 mod usb;
@@ -430,7 +432,7 @@ struct Plugged {
 }
 
 /// The virtio devices of a specification, in slot order: disks, network (any cards), console,
-/// entropy, balloon, vsock.
+/// entropy, balloon, vsock, channels, shared folders.
 fn plug_devices(
     spec: &VmSpec,
     console: &Console,
@@ -478,6 +480,8 @@ fn plug_devices(
             .map_err(|e| input("vsock", format!("cannot listen on {}: {e}", path.display())))?;
         slots.plug("virtio-vsock0", Box::new(vsock))?;
     }
+    channels::plug(spec, slots)?;
+    shares::plug(spec, slots)?;
     Ok(Plugged {
         balloon: balloon_control,
         disks,
