@@ -330,6 +330,7 @@ pub fn run_loop_wanted(v: &SoftVcpu) -> bool {
         || c.interrupt_shadow != InterruptShadow::None
         || (v.irq_waiting && c.rflags & rflags::IF != 0)
         || (c.nmi_pending && !c.nmi_blocked)
+        || v.debug.has_hit()
 }
 
 /// Runs translated code until something needs the run loop.
@@ -347,6 +348,9 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         }
         let m = m | std::mem::take(&mut variant);
         let linear_rip = v.frame.cpu.rip;
+        if v.debug.stops_in_page(linear_rip) {
+            return Ok(());
+        }
         let fetched = match v.fetch_page(linear_rip) {
             Ok(g) if v.canonical(linear_rip) || m & mode::CODE64 == 0 => g,
             // The interpreter raises the fetch's exception.
@@ -682,8 +686,11 @@ fn forget_target(v: &mut SoftVcpu, id: u32) {
 }
 
 /// The block for a key, translated now if need be, with entries from other pages if they are wanted
-/// now. `None`: not RAM.
+/// now. `None`: not RAM, or a debugger stops somewhere in its page.
 fn find_or_translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
+    if v.debug.stops_in_page(key.rip) {
+        return None;
+    }
     if let Some(id) = v.xlate.cache.find(&key) {
         let Some(second) = v.xlate.cache.blocks[id as usize].second else {
             return Some(id);
