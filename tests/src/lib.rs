@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 pub mod firmware;
 pub mod fixtures;
+pub mod gdb;
 pub mod guest;
 pub mod iso;
 pub mod packages;

@@ -9,19 +9,23 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod debug;
 mod firmware;
+mod listen;
 mod nic;
 mod screen;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
+pub use debug::GdbSpec;
 pub use firmware::{FirmwareSpec, SmbiosSpec};
+pub use listen::Listen;
 pub use nic::{
     CableSpec, LOSS_UNIT, MAX_NIC_QUEUES, MAX_NICS, MacAddr, NicBackend, NicModel, NicSpec,
     RateSpec,
 };
-pub use screen::{ScreenSpec, VgaKind, VncListen, VncSpec};
+pub use screen::{ScreenSpec, VgaKind, VncSpec};
 pub use snapshot::{SNAPSHOT_FORMAT, SnapshotManifest};
 
 /// LIMIT: most vCPUs of a VM.
@@ -356,6 +360,9 @@ pub struct VmSpec {
     /// File for what the guest writes to the debug console, port 402H; it is dropped without.
     #[serde(default)]
     pub debugcon: Option<PathBuf>,
+    /// GDB stub.
+    #[serde(default)]
+    pub gdb: Option<GdbSpec>,
     /// What a reset by the guest does.
     #[serde(default)]
     pub reset: ResetPolicy,
@@ -395,6 +402,7 @@ impl Default for VmSpec {
             vsock: None,
             serial2: None,
             debugcon: None,
+            gdb: None,
             reset: ResetPolicy::Reboot,
             time_limit_ms: None,
             restore: None,
@@ -506,6 +514,9 @@ impl VmSpec {
         }
         self.validate_net(&mut bad);
         self.screen.validate(&mut bad);
+        if let Some(g) = &self.gdb {
+            g.validate(&mut bad);
+        }
         if let Some(v) = &self.vsock {
             // sockaddr_un.sun_path, with room for a port suffix.
             if v.as_os_str().is_empty() || v.as_os_str().len() > 90 {

@@ -7,8 +7,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
     BootSpec, CdromSpec, ConsoleKind, DirectKind, DiskBus, DiskFormat, DiskSpec, EngineKind,
-    FloppyKind, FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError,
-    VmSpec,
+    FloppyKind, FloppySpec, ForwardSpec, GdbSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy,
+    SpecError, VmSpec,
 };
 use pyrite_disk::Format;
 
@@ -267,6 +267,13 @@ pub struct RunArgs {
     /// Unix socket for connections to and from the guest (vsock)
     #[arg(long, value_name = "SOCKET")]
     pub vsock: Option<PathBuf>,
+    /// Let GDB debug the guest: `target remote` and this address
+    ///
+    /// On a Unix socket that only its owner can connect to, or a port of the host's loopback, to
+    /// which every user of the host can connect. With wait, the guest stands still before its first
+    /// instruction until the debugger lets it go on.
+    #[arg(long, value_name = "unix:PATH|127.0.0.1:PORT[,wait]", value_parser = crate::listen::parse_gdb)]
+    pub gdb: Option<GdbSpec>,
     /// The screen
     #[command(flatten)]
     pub screen: crate::screen::ScreenArgs,
@@ -344,6 +351,7 @@ impl RunArgs {
             vsock: self.vsock.clone(),
             serial2: self.serial2.clone(),
             debugcon: self.debugcon.clone(),
+            gdb: self.gdb.clone(),
             reset: if self.no_reboot {
                 ResetPolicy::Stop
             } else {
@@ -393,6 +401,7 @@ fn option_of(path: &str) -> &'static str {
         ("vsock", _) => "--vsock",
         ("serial2", _) => "--serial2",
         ("debugcon", _) => "--debugcon",
+        ("gdb", _) => "--gdb",
         ("time_limit_ms", _) => "--timeout",
         ("restore", _) => "--restore",
         _ => "the VM specification",

@@ -32,13 +32,16 @@ use pyrite_x86::CpuState;
 
 use crate::boot::BootImage;
 use crate::display::input::Input;
+use crate::gdb;
 use crate::machine::Machine;
 use crate::snapshot;
 
 pub mod console;
+mod debugger;
 mod panic_line;
 mod vcpus;
 
+use debugger::Debugger;
 use vcpus::Vcpus;
 
 /// More resets in a row than this, each sooner than [`LOOP_UPTIME_NS`], are a loop.
@@ -70,6 +73,8 @@ pub enum Event {
     FrontGone,
     /// The guest kernel says that it panics, or (`None`) has gone on after all.
     Panic(Option<String>),
+    /// A debugger wants something.
+    Debugger(gdb::Request),
 }
 
 const POWER_OFF: u32 = 1 << 0;
@@ -159,6 +164,7 @@ struct Running {
     /// because every process measures the host's anew.
     tsc_khz: u64,
     panic: Option<(String, Instant)>,
+    debugger: Debugger,
 }
 
 /// A queue for a driver.
@@ -214,8 +220,10 @@ impl Driver {
             booted_at_ns: 0,
             tsc_khz,
             panic: None,
+            debugger: Debugger::default(),
         };
         let ending = running.until_the_end();
+        running.tell_debugger(&ending);
         if running.running {
             // Units hold host resources that their drop releases; vCPUs must not touch them then.
             if let Err(e) = running.pause() {
@@ -251,7 +259,8 @@ impl Running {
         if let Err(ending) = begun {
             return ending;
         }
-        if !self.d.spec.paused {
+        let waits = self.d.spec.gdb.as_ref().is_some_and(|g| g.wait);
+        if !self.d.spec.paused && !waits {
             self.run();
         }
         let (engine, why) = (self.d.engine.0.to_owned(), self.d.engine.1.clone());
@@ -262,6 +271,9 @@ impl Running {
             .time_limit_ms
             .and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
         loop {
+            if self.debugger.has_late() {
+                self.tell_late();
+            }
             let quiet = self.panic.as_ref().map(|(_, since)| *since + PANIC_SILENCE);
             let wake = match (limit, quiet) {
                 (Some(a), Some(b)) => Some(a.min(b)),
@@ -326,16 +338,21 @@ impl Running {
                 self.panic = None;
                 None
             }
+            Event::Debugger(r) => self.debugger_asks(r),
         }
     }
 
     fn vcpu_stopped(&mut self, index: u32, reason: StopReason) -> Option<Ending> {
         self.vcpus.stopped(index);
         match reason {
-            StopReason::Requested | StopReason::Debug => {
+            StopReason::Requested => {
                 if self.running {
                     self.vcpus.run();
                 }
+                None
+            }
+            StopReason::Debug(stop) => {
+                self.debug_stop(index, stop);
                 None
             }
             StopReason::TripleFault => {
@@ -438,6 +455,9 @@ impl Running {
                 Ok(Outcome::Done)
             }
             Command::Pause => self.pause().map(|()| Outcome::Done),
+            Command::Resume if self.debugger.holds => Ok(Outcome::Failed(
+                "a debugger has the guest stopped; continue or detach there".into(),
+            )),
             Command::Resume => {
                 self.run();
                 Ok(Outcome::Done)
@@ -548,7 +568,7 @@ impl Running {
 
     /// Lets everything run.
     fn run(&mut self) {
-        if self.running {
+        if self.running || self.debugger.holds {
             return;
         }
         for unit in &self.d.machine.units {
@@ -610,9 +630,10 @@ impl Running {
             match self.d.events.recv_timeout(left) {
                 Ok(Event::VcpuStopped { index, reason }) => {
                     self.vcpus.stopped(index);
-                    if !matches!(reason, StopReason::Requested) {
-                        self.deferred
-                            .push_back(Event::VcpuStopped { index, reason });
+                    match reason {
+                        StopReason::Requested => {}
+                        StopReason::Debug(stop) => self.debugger.note(index, stop),
+                        _ => (self.deferred).push_back(Event::VcpuStopped { index, reason }),
                     }
                 }
                 Ok(other) => self.deferred.push_back(other),
@@ -690,6 +711,8 @@ impl Running {
         self.deferred
             .retain(|e| !matches!(e, Event::VcpuStopped { .. } | Event::Guest));
         self.booted_at_ns = m.clock.now_ns();
+        self.debugger.forget_places();
+        self.vcpus.release_all();
         Ok(())
     }
 
@@ -804,6 +827,7 @@ fn portable(spec: &VmSpec) -> Result<VmSpec> {
         paused: false,
         serial2: None,
         debugcon: None,
+        gdb: None,
         screen: ScreenSpec {
             vnc: None,
             ..spec.screen.clone()

@@ -1,5 +1,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -66,9 +68,9 @@ fn rig(name: &str, tcp: bool, password: Option<&str>) -> Rig {
     let screen = Arc::new(Screen::new(vga.clone()));
     let path = std::env::temp_dir().join(format!("pyrite-vnc-{name}-{}", std::process::id()));
     let at = if tcp {
-        VncListen::Tcp("127.0.0.1:0".parse().unwrap())
+        Listen::Tcp("127.0.0.1:0".parse().unwrap())
     } else {
-        VncListen::Unix(path.clone())
+        Listen::Unix(path.clone())
     };
     let server = Server::listen(&at, screen, input, "a guest", password).unwrap();
     server.serve().unwrap();
