@@ -107,6 +107,14 @@ pub enum Command {
         /// In.
         up: bool,
     },
+    /// Writes memory and registers to a new ELF core; the VM then goes on.
+    Dump {
+        /// The file, which must not exist.
+        path: PathBuf,
+        /// With the linear addresses of the first vCPU.
+        #[serde(default)]
+        linear: bool,
+    },
     /// Writes memory and state to a new directory; the VM then goes on.
     Snapshot {
         /// The directory, which must not exist.

@@ -107,6 +107,14 @@ pub enum Ask {
         /// The directory, which must not exist
         dir: PathBuf,
     },
+    /// Write memory and registers to a new ELF core, for gdb and crash; the VM then goes on
+    Dump {
+        /// With what the first CPU's page tables map, so that gdb reads linear addresses
+        #[arg(long = "virtual")]
+        linear: bool,
+        /// The file, which must not exist
+        file: PathBuf,
+    },
     /// Show what the machine is and does
     Inspect {
         /// Part of the tree, e.g. vm/vcpu0

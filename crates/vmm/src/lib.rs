@@ -11,6 +11,7 @@
 //! - [`machine`]: memory, chipset, devices and engine, put together.
 //! - [`run`]: the state driver, the only place that changes what the VM does.
 //! - [`snapshot`]: a stopped machine as a directory.
+//! - [`dump`]: a stopped machine as an ELF core.
 //! - [`process`]: the entry of the VM process.
 //!
 //! # Threads
@@ -27,6 +28,7 @@ pub mod boot;
 pub mod display;
 pub mod engines;
 pub mod firmware;
+pub mod dump;
 mod footprint;
 pub mod gdb;
 pub mod inputs;

@@ -34,7 +34,7 @@ use crate::boot::BootImage;
 use crate::display::input::Input;
 use crate::gdb;
 use crate::machine::Machine;
-use crate::snapshot;
+use crate::{dump, snapshot};
 
 pub mod console;
 mod debugger;
@@ -505,6 +505,7 @@ impl Running {
                 Some(t) => Ok(Outcome::Tree(tree(t))),
                 None => Ok(Outcome::Failed(format!("there is no {path}"))),
             },
+            Command::Dump { path, linear } => self.dump(&path, linear).map(|()| Outcome::Done),
             Command::Snapshot { dir } => self.snapshot(&dir).map(|()| Outcome::Done),
         };
         let outcome = done.unwrap_or_else(|e| Outcome::Failed(format!("{e:#}")));
@@ -747,6 +748,24 @@ impl Running {
         let was_running = self.running;
         self.pause()?;
         let done = self.save(dir);
+        if was_running {
+            self.run();
+        }
+        done
+    }
+
+    /// Writes an ELF core; the VM goes on as before.
+    fn dump(&mut self, path: &std::path::Path, linear: bool) -> Result<()> {
+        let was_running = self.running;
+        self.pause()?;
+        let m = &self.d.machine;
+        let states = (0..m.vcpus).map(|n| self.vcpus.state(n));
+        let states: Result<Vec<_>, _> = states.collect();
+        let told = lock(&m.chipset.fw_cfg)
+            .file(dump::VMCOREINFO_FILE)
+            .map(<[u8]>::to_vec);
+        let done = (states.map_err(anyhow::Error::new))
+            .and_then(|s| dump::write(path, &m.memory, &s, linear, told.as_deref()));
         if was_running {
             self.run();
         }
