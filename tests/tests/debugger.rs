@@ -215,13 +215,6 @@ fn stub_is_refused_where_others_could_reach_it() {
     assert_eq!(std::fs::read(&file).expect("read"), b"data");
 }
 
-/// The address of a symbol of the guest's kernel.
-fn symbol(vm: &mut Vm, name: &str) -> u64 {
-    let shown = vm.ask(&format!("grep ' {name}$' /proc/kallsyms"));
-    let digits = shown.split_whitespace().next().unwrap_or_default();
-    u64::from_str_radix(digits, 16).unwrap_or_else(|_| panic!("{name}: {shown}"))
-}
-
 #[test]
 fn gdb_stops_a_linux_kernel_at_virtual_addresses() {
     let Some(mut gdb) = Gdb::start() else { return };
@@ -237,8 +230,8 @@ fn gdb_stops_a_linux_kernel_at_virtual_addresses() {
         ("--net", "none".into()),
     ]);
     let mut vm = Vm::boot(&dir, &linux, &options);
-    let uname = symbol(&mut vm, "__x64_sys_newuname");
-    let uts = symbol(&mut vm, "init_uts_ns");
+    let uname = vm.symbol("__x64_sys_newuname");
+    let uts = vm.symbol("init_uts_ns");
     gdb.connect(&socket);
     gdb.ask(&format!("break *{uname:#x}"));
     gdb.send("continue");
@@ -258,7 +251,8 @@ fn gdb_stops_a_linux_kernel_at_virtual_addresses() {
     assert!((uname + 1..uname + 16).contains(&gdb.value("$rip")));
     gdb.ask("delete");
     // The kernel copies the names to the program.
-    gdb.ask(&format!("rwatch *(char*){:#x}", gdb_release(&mut gdb, uts)));
+    let release = release_of(&mut gdb, uts);
+    gdb.ask(&format!("rwatch *(char*){release:#x}"));
     gdb.ask("continue");
     assert!(gdb.value("$rip") > 0xffff_8000_0000_0000);
     gdb.ask("delete");
@@ -269,7 +263,7 @@ fn gdb_stops_a_linux_kernel_at_virtual_addresses() {
 }
 
 /// Where the kernel's release is in its names.
-fn gdb_release(gdb: &mut Gdb, uts: u64) -> u64 {
+fn release_of(gdb: &mut Gdb, uts: u64) -> u64 {
     let shown = gdb.ask(&format!("find /b {uts:#x}, +600, '6', '.'"));
     let digits = shown.split(['\n', ' ', '<']).next().unwrap_or_default();
     let digits = digits.trim_start_matches("0x");

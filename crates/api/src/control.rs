@@ -201,6 +201,13 @@ pub enum Event {
         /// What it said.
         line: String,
     },
+    /// The guest said through its pvpanic device that it panicked.
+    GuestPanicked {
+        /// It starts another kernel to look at itself.
+        crash_kernel: bool,
+        /// The VM was paused for it.
+        is_paused: bool,
+    },
     /// The VM has ended; nothing follows.
     Ended(Ending),
 }

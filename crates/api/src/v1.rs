@@ -18,7 +18,7 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 
-pub use debug::GdbSpec;
+pub use debug::{GdbSpec, PanicAction, PvpanicBus, PvpanicSpec};
 pub use firmware::{FirmwareSpec, SmbiosSpec};
 pub use listen::Listen;
 pub use nic::{
@@ -363,6 +363,12 @@ pub struct VmSpec {
     /// GDB stub.
     #[serde(default)]
     pub gdb: Option<GdbSpec>,
+    /// pvpanic device.
+    #[serde(default)]
+    pub pvpanic: Option<PvpanicSpec>,
+    /// The guest is offered a place to say where its VMCOREINFO is.
+    #[serde(default)]
+    pub vmcoreinfo: bool,
     /// What a reset by the guest does.
     #[serde(default)]
     pub reset: ResetPolicy,
@@ -403,6 +409,8 @@ impl Default for VmSpec {
             serial2: None,
             debugcon: None,
             gdb: None,
+            pvpanic: None,
+            vmcoreinfo: false,
             reset: ResetPolicy::Reboot,
             time_limit_ms: None,
             restore: None,

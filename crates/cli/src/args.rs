@@ -7,8 +7,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
     BootSpec, CdromSpec, ConsoleKind, DirectKind, DiskBus, DiskFormat, DiskSpec, EngineKind,
-    FloppyKind, FloppySpec, ForwardSpec, GdbSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy,
-    SpecError, VmSpec,
+    FloppyKind, FloppySpec, ForwardSpec, GdbSpec, ModuleSpec, NetSpec, Protocol, PvpanicSpec,
+    ResetPolicy, SpecError, VmSpec,
 };
 use pyrite_disk::Format;
 
@@ -282,6 +282,21 @@ pub struct RunArgs {
     /// instruction until the debugger lets it go on.
     #[arg(long, value_name = "unix:PATH|127.0.0.1:PORT[,wait]", value_parser = crate::listen::parse_gdb)]
     pub gdb: Option<GdbSpec>,
+    /// Let the guest say that it has panicked: pvpanic, as a port or a PCI function
+    ///
+    /// Then the VM ends with exit code 3, or does what action= says: pause (the guest can be looked
+    /// at, with --gdb or `pyrite ctl SOCKET dump FILE`) or continue.
+    #[arg(
+        long,
+        value_name = "isa|pci[,action=exit|pause|continue]",
+        value_parser = crate::listen::parse_pvpanic
+    )]
+    pub pvpanic: Option<PvpanicSpec>,
+    /// Let the guest say where its VMCOREINFO is, for `pyrite ctl SOCKET dump`
+    ///
+    /// Without, it is looked for in the guest's memory.
+    #[arg(long)]
+    pub vmcoreinfo: bool,
     /// The screen
     #[command(flatten)]
     pub screen: crate::screen::ScreenArgs,
@@ -360,6 +375,8 @@ impl RunArgs {
             serial2: self.serial2.clone(),
             debugcon: self.debugcon.clone(),
             gdb: self.gdb.clone(),
+            pvpanic: self.pvpanic,
+            vmcoreinfo: self.vmcoreinfo,
             reset: if self.no_reboot {
                 ResetPolicy::Stop
             } else {

@@ -274,6 +274,17 @@ impl Session {
             Event::Started { engine, why } => tracing::info!(engine, why, "the guest runs"),
             Event::Reset { count } => tracing::info!(count, "the guest reset the machine"),
             Event::KernelPanic { line } => self.say(&format!("guest kernel panic: {line}")),
+            Event::GuestPanicked {
+                crash_kernel,
+                is_paused,
+            } => self.say(match (crash_kernel, is_paused) {
+                (true, _) => "the guest has panicked and starts its crash kernel",
+                (false, true) => {
+                    "the guest has panicked and is paused; pyrite ctl SOCKET dump FILE writes its \
+                     memory, and resume lets it go on"
+                }
+                (false, false) => "the guest has panicked",
+            }),
             Event::Ended(ending) => self.ending = Some(ending),
         }
     }

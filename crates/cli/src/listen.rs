@@ -1,8 +1,8 @@
-//! Options that say where a VM listens.
+//! Options about debugging, and about where a VM listens.
 
 use std::net::SocketAddr;
 
-use pyrite_api::v1::{GdbSpec, Listen};
+use pyrite_api::v1::{GdbSpec, Listen, PanicAction, PvpanicBus, PvpanicSpec};
 
 /// `unix:PATH` or `127.0.0.1:PORT`; `more` is what may follow.
 pub fn parse(text: &str, more: &str) -> Result<Listen, String> {
@@ -28,9 +28,41 @@ pub fn parse_gdb(text: &str) -> Result<GdbSpec, String> {
     Ok(GdbSpec { listen, wait })
 }
 
+/// `isa|pci[,action=ACTION]`.
+pub fn parse_pvpanic(text: &str) -> Result<PvpanicSpec, String> {
+    let (bus, rest) = text.split_once(',').unwrap_or((text, "action=exit"));
+    let bus = match bus {
+        "isa" => PvpanicBus::Isa,
+        "pci" => PvpanicBus::Pci,
+        _ => return Err("expected isa or pci".into()),
+    };
+    let action = match rest {
+        "action=exit" => PanicAction::Exit,
+        "action=pause" => PanicAction::Pause,
+        "action=continue" => PanicAction::Continue,
+        _ => {
+            return Err(format!(
+                "unknown setting {rest:?}; expected action=exit, action=pause or action=continue"
+            ));
+        }
+    };
+    Ok(PvpanicSpec { bus, action })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn panic_actions_are_understood() {
+        let p = parse_pvpanic("pci").unwrap();
+        assert_eq!((p.bus, p.action), (PvpanicBus::Pci, PanicAction::Exit));
+        let p = parse_pvpanic("isa,action=pause").unwrap();
+        assert_eq!((p.bus, p.action), (PvpanicBus::Isa, PanicAction::Pause));
+        for wrong in ["", "usb", "pci,", "pci,pause", "isa,action=reset"] {
+            assert!(parse_pvpanic(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn stub_addresses_are_understood() {

@@ -21,7 +21,6 @@ impl DebugPlan {
     pub fn is_empty(&self) -> bool {
         self.stops.is_empty() && self.watches.is_empty() && !self.step
     }
-
 }
 
 /// What an engine can do for a debugger.

@@ -19,8 +19,8 @@ pub mod kvm;
 pub mod probe;
 pub mod saved;
 
-pub use pyrite_x86 as x86;
 pub use debug::{DebugCaps, DebugPlan, DebugStop, Watch, WatchKind};
+pub use pyrite_x86 as x86;
 use pyrite_x86::CpuState;
 pub use pyrite_x86::cpuid::{CpuidEntry, CpuidTable};
 

@@ -61,9 +61,8 @@ impl HostDebug {
     #[inline]
     pub fn watches_page(&self, lin: u64) -> bool {
         let page = lin & !(PAGE_SIZE - 1);
-        let touches = |w: &Watch| {
-            page.wrapping_sub(w.at) < w.len || w.at.wrapping_sub(page) < PAGE_SIZE
-        };
+        let touches =
+            |w: &Watch| page.wrapping_sub(w.at) < w.len || w.at.wrapping_sub(page) < PAGE_SIZE;
         self.watches.iter().any(touches)
     }
 

@@ -24,7 +24,7 @@ mod mappings;
 mod tests;
 mod vmcoreinfo;
 
-pub use vmcoreinfo::{FILE as VMCOREINFO_FILE, FILE_BYTES as VMCOREINFO_FILE_BYTES};
+pub use vmcoreinfo::{FILE as VMCOREINFO_FILE, OFFER as VMCOREINFO_OFFER};
 
 /// Memory is copied in pieces of this size; a piece of zeroes is not written.
 const PIECE: usize = 64 << 10;
@@ -108,13 +108,21 @@ fn fill(
     let notes_at = EHDR_BYTES + PHDR_BYTES * (1 + loads.len());
     let ram_at = (notes_at + notes.len()).next_multiple_of(PAGE_SIZE as usize) as u64;
     let mut head = header(1 + loads.len());
-    program_header(&mut head, PT_NOTE, 0, notes_at as u64, [0; 2], notes.len() as u64);
+    program_header(
+        &mut head,
+        PT_NOTE,
+        0,
+        notes_at as u64,
+        [0; 2],
+        notes.len() as u64,
+    );
     for l in &loads {
         let at = ram_at + offset_of(regions, l).context("a mapping is outside RAM")?;
         program_header(&mut head, PT_LOAD, RWX, at, [l.linear, l.gpa], l.bytes);
     }
     head.extend(notes);
-    file.write_all_at(&head, 0).context("cannot write the core")?;
+    file.write_all_at(&head, 0)
+        .context("cannot write the core")?;
     file.set_len(ram_at + memory.size_bytes())
         .context("cannot size the core")?;
     let mut piece = vec![0; PIECE];
@@ -230,7 +238,9 @@ fn qemu_state(s: &CpuState) -> Vec<u8> {
     b.extend(1u32.to_le_bytes());
     b.extend(BYTES.to_le_bytes());
     use gpr::{RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
-    for n in [RAX, RBX, RCX, RDX, RSI, RDI, RSP, RBP, 8, 9, 10, 11, 12, 13, 14, 15] {
+    for n in [
+        RAX, RBX, RCX, RDX, RSI, RDI, RSP, RBP, 8, 9, 10, 11, 12, 13, 14, 15,
+    ] {
         b.extend(s.gpr.get(n).copied().unwrap_or(0).to_le_bytes());
     }
     b.extend(s.rip.to_le_bytes());

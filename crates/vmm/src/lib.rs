@@ -26,9 +26,9 @@
 pub mod board;
 pub mod boot;
 pub mod display;
+pub mod dump;
 pub mod engines;
 pub mod firmware;
-pub mod dump;
 mod footprint;
 pub mod gdb;
 pub mod inputs;

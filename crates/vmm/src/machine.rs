@@ -40,6 +40,7 @@ use crate::firmware::{BootDevices, Firmware, LogLines};
 use crate::output::OutputFile;
 use crate::run::console::Console;
 
+mod debugging;
 #[cfg(test)]
 mod doorbell_tests;
 mod drives;
@@ -49,6 +50,7 @@ mod screen;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use debugging::acpi_extras;
 pub(crate) use floppies::kinds as floppy_kinds;
 pub(crate) use screen::{check_video_bios, memory_layout};
 
@@ -234,6 +236,7 @@ impl Machine {
         console: Console,
         events: Arc<dyn MachineEvents>,
     ) -> Result<Machine, AssemblyError> {
+        let reports = Arc::clone(&events);
         let mut firmware = match &spec.boot.firmware {
             Some(f) => Some(Firmware::open(f).map_err(|e| AssemblyError::Input(vec![e]))?),
             None => None,
@@ -291,6 +294,7 @@ impl Machine {
         let input = Input::new(&chipset.i8042).map_err(|e| host("input")(e.into()))?;
         let trays = drives::plug(spec, &mut slots, &mut image_disks)?;
         let floppies = floppies::plug(spec, &mut slots)?;
+        debugging::plug(spec, &mut slots, &reports)?;
         let vnc = screen::listen(spec, &screen, &input)?;
         let boot_devices = std::mem::take(&mut slots.boot);
         units.extend(pci_host);

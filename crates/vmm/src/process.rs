@@ -10,9 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use pyrite_api::control::{self, Ending, Event as Notice, Hello, Message, PROTOCOL};
 use pyrite_api::v1::{
-    ConsoleKind, GdbSpec, Listen, NetSpec, NicSpec, ScreenSpec, SpecError, VmSpec,
+    ConsoleKind, GdbSpec, Listen, NetSpec, NicSpec, PvpanicSpec, ScreenSpec, SpecError, VmSpec,
 };
-
 use pyrite_engine::DebugPlan;
 
 use crate::engines::{self, Engine};
@@ -140,6 +139,14 @@ fn merge(now: &VmSpec, saved: VmSpec) -> Result<VmSpec, SpecError> {
         serial2: now.serial2.clone(),
         debugcon: now.debugcon.clone(),
         gdb: now.gdb.clone(),
+        // Which device there is stays; what it does is said now.
+        pvpanic: match (saved.pvpanic, now.pvpanic) {
+            (Some(there), Some(now)) => Some(PvpanicSpec {
+                action: now.action,
+                ..there
+            }),
+            (there, _) => there,
+        },
         net,
         screen,
         ..saved

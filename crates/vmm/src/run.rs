@@ -22,7 +22,7 @@ use pyrite_api::control::{
     Stroke, Tree,
 };
 use pyrite_api::v1::{
-    ResetPolicy, SNAPSHOT_FORMAT, ScreenSpec, SnapshotManifest, SpecError, VmSpec,
+    PanicAction, ResetPolicy, SNAPSHOT_FORMAT, ScreenSpec, SnapshotManifest, SpecError, VmSpec,
 };
 use pyrite_engine::{StopReason, saved};
 use pyrite_state::Inspect;
@@ -81,6 +81,8 @@ const POWER_OFF: u32 = 1 << 0;
 const RESET: u32 = 1 << 1;
 const SUSPEND: u32 = 1 << 2;
 const DEBUG_EXIT: u32 = 1 << 3;
+const PANICKED: u32 = 1 << 4;
+const CRASH_KERNEL: u32 = 1 << 5;
 
 /// What devices tell of the machine: noted here at once, acted on by the driver. However often a
 /// guest asks, one event waits.
@@ -128,6 +130,9 @@ impl MachineEvents for GuestRequests {
         self.code.store(code, Ordering::Release);
         self.note(DEBUG_EXIT);
     }
+    fn panicked(&self, crash_kernel: bool) {
+        self.note(if crash_kernel { CRASH_KERNEL } else { PANICKED });
+    }
 }
 
 /// What a VM is driven with.
@@ -165,6 +170,8 @@ struct Running {
     tsc_khz: u64,
     panic: Option<(String, Instant)>,
     debugger: Debugger,
+    /// The guest has panicked, and that was dealt with.
+    told_of_panic: bool,
 }
 
 /// A queue for a driver.
@@ -221,6 +228,7 @@ impl Driver {
             tsc_khz,
             panic: None,
             debugger: Debugger::default(),
+            told_of_panic: false,
         };
         let ending = running.until_the_end();
         running.tell_debugger(&ending);
@@ -329,6 +337,7 @@ impl Running {
             Event::Guest => self.guest_asked(),
             Event::Request(r) => self.request(r),
             Event::FrontGone => Some(Ending::Stopped),
+            Event::Panic(Some(_)) if self.told_of_panic => None,
             Event::Panic(Some(line)) => {
                 self.notice(Notice::KernelPanic { line: line.clone() });
                 self.panic = Some((line, Instant::now()));
@@ -381,6 +390,11 @@ impl Running {
             let code = self.d.guest.code.load(Ordering::Acquire) as u8;
             return Some(Ending::DebugExit { code });
         }
+        if bits & (PANICKED | CRASH_KERNEL) != 0
+            && let Some(ending) = self.guest_panicked(bits & PANICKED == 0)
+        {
+            return Some(ending);
+        }
         if bits & POWER_OFF != 0 {
             return Some(Ending::PowerOff);
         }
@@ -398,6 +412,33 @@ impl Running {
             }
             return self.guest_reset();
         }
+        None
+    }
+
+    /// The guest said through its pvpanic device that it panicked.
+    fn guest_panicked(&mut self, crash_kernel: bool) -> Option<Ending> {
+        // What to do about it is said by who runs the VM, not by what the console shows.
+        self.told_of_panic = true;
+        let line = self.panic.take().map(|(line, _)| line);
+        let action = self.d.spec.pvpanic.map(|p| p.action).unwrap_or_default();
+        let mut is_paused = false;
+        if !crash_kernel {
+            match action {
+                PanicAction::Exit => {
+                    let reason = line.unwrap_or_else(|| "the guest kernel panicked".into());
+                    return Some(Ending::Crashed { reason });
+                }
+                PanicAction::Pause => match self.pause() {
+                    Ok(()) => is_paused = true,
+                    Err(e) => return Some(failed(&e)),
+                },
+                PanicAction::Continue => {}
+            }
+        }
+        self.notice(Notice::GuestPanicked {
+            crash_kernel,
+            is_paused,
+        });
         None
     }
 
@@ -429,6 +470,7 @@ impl Running {
         // What the guest asked for before the reset has gone with it.
         self.d.guest.take();
         self.panic = None;
+        self.told_of_panic = false;
         self.resets += 1;
         if let Err(ending) = self.boot() {
             return Some(ending);

@@ -21,3 +21,37 @@ impl GdbSpec {
         self.listen.validate("gdb.listen", risk, bad);
     }
 }
+
+/// How a guest can say that it has panicked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PvpanicBus {
+    /// A port, of which ACPI tables tell.
+    Isa,
+    /// A PCI function.
+    Pci,
+}
+
+/// What a guest's panic does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PanicAction {
+    /// The VM ends.
+    #[default]
+    Exit,
+    /// The VM stands still, to be looked at.
+    Pause,
+    /// The guest goes on, to reset or to dump itself.
+    Continue,
+}
+
+/// A pvpanic device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PvpanicSpec {
+    /// How it is connected.
+    pub bus: PvpanicBus,
+    /// What a panic does.
+    #[serde(default)]
+    pub action: PanicAction,
+}

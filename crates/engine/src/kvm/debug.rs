@@ -2,8 +2,8 @@
 //! while it lasts. Linux, Documentation/virt/kvm/api.rst, KVM_SET_GUEST_DEBUG.
 
 use kvm_bindings::{
-    KVM_CAP_SET_GUEST_DEBUG2, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE,
-    KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug,
+    KVM_CAP_SET_GUEST_DEBUG2, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug,
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use pyrite_x86::bits::rflags;

@@ -80,7 +80,10 @@ impl Walk<'_> {
         if let Some(last) = self.found.last_mut()
             && last.linear.checked_add(last.bytes) == Some(linear)
             && last.gpa + last.bytes == gpa
-            && self.memory.ram_offset(last.gpa, last.bytes + bytes).is_some()
+            && self
+                .memory
+                .ram_offset(last.gpa, last.bytes + bytes)
+                .is_some()
         {
             last.bytes += bytes;
             return Ok(());
@@ -99,7 +102,12 @@ impl Walk<'_> {
     /// A large page of which only a part is RAM.
     fn add_parts(&mut self, linear: u64, gpa: u64, bytes: u64) -> Result<()> {
         let regions: Vec<(u64, u64)> = (self.memory.regions().iter())
-            .map(|r| (r.gpa.max(gpa), (r.gpa + r.size_bytes).min(gpa.saturating_add(bytes))))
+            .map(|r| {
+                (
+                    r.gpa.max(gpa),
+                    (r.gpa + r.size_bytes).min(gpa.saturating_add(bytes)),
+                )
+            })
             .filter(|(start, end)| start < end)
             .collect();
         for (start, end) in regions {

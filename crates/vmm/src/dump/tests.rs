@@ -13,7 +13,13 @@ fn segments(core: &[u8]) -> Vec<[u64; 5]> {
         .map(|n| {
             let at = 64 + 56 * n;
             let kind = word(core, at) & 0xffff_ffff;
-            [kind, word(core, at + 8), word(core, at + 16), word(core, at + 24), word(core, at + 32)]
+            [
+                kind,
+                word(core, at + 8),
+                word(core, at + 16),
+                word(core, at + 24),
+                word(core, at + 32),
+            ]
         })
         .collect()
 }
@@ -35,11 +41,20 @@ fn notes(core: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
     out
 }
 
-fn dump(name: &str, memory: &GuestMemory, s: &CpuState, linear: bool, told: Option<&[u8]>) -> Vec<u8> {
+fn dump(
+    name: &str,
+    memory: &GuestMemory,
+    s: &CpuState,
+    linear: bool,
+    told: Option<&[u8]>,
+) -> Vec<u8> {
     let path = std::env::temp_dir().join(format!("pyrite-dump-{name}-{}", std::process::id()));
     let states = [Box::new(s.clone()), Box::new(CpuState::reset(1, false))];
     write(&path, memory, &states, linear, told).unwrap();
-    assert!(write(&path, memory, &states, linear, told).is_err(), "replaces a file");
+    assert!(
+        write(&path, memory, &states, linear, told).is_err(),
+        "replaces a file"
+    );
     let core = fs::read(&path).unwrap();
     fs::remove_file(&path).unwrap();
     core
@@ -67,8 +82,16 @@ fn core_has_memory_and_registers() {
     let at = at as usize + 0x12_3456;
     assert_eq!(&core[at..at + 4], b"here");
     let notes = notes(&core);
-    let names: Vec<_> = notes.iter().map(|(n, t, d)| (n.as_str(), *t, d.len())).collect();
-    let expected = [("CORE", 1, 336), ("CORE", 1, 336), ("QEMU", 0, 440), ("QEMU", 0, 440)];
+    let names: Vec<_> = notes
+        .iter()
+        .map(|(n, t, d)| (n.as_str(), *t, d.len()))
+        .collect();
+    let expected = [
+        ("CORE", 1, 336),
+        ("CORE", 1, 336),
+        ("QEMU", 0, 440),
+        ("QEMU", 0, 440),
+    ];
     assert_eq!(names, expected);
     let first = &notes[0].2;
     assert_eq!(first[32..36], [1, 0, 0, 0]);
@@ -99,19 +122,24 @@ fn kernels_say_what_they_are() {
     memory.write((4 << 20) - 64, &cut).unwrap();
     assert_eq!(found(None), None);
     // Across the border of two pieces.
-    memory.write(0x1_fff4, &info("OSRELEASE=6.1\nPAGESIZE=4096\n")).unwrap();
+    memory
+        .write(0x1_fff4, &info("OSRELEASE=6.1\nPAGESIZE=4096\n"))
+        .unwrap();
     assert_eq!(found(None).unwrap(), "OSRELEASE=6.1\nPAGESIZE=4096\n");
     // A guest that says where is believed, if something is there.
-    let note = info("OSRELEASE=told");
+    let note = info("BUILD-ID=told");
     memory.write(0x9004, &note).unwrap();
     let mut told = vec![0, 0, 1, 0];
     told.extend((note.len() as u32).to_le_bytes());
     told.extend(0x9004u64.to_le_bytes());
-    assert_eq!(found(Some(&told)).unwrap(), "OSRELEASE=told");
+    assert_eq!(found(Some(&told)).unwrap(), "BUILD-ID=told");
     for (at, value) in [(2, 0u8), (4, 0), (7, 0xff), (15, 0xff), (8, 0)] {
         let mut wrong = told.clone();
         wrong[at] = value;
-        assert!(found(Some(&wrong)).unwrap().starts_with("OSRELEASE=6.1"), "{at}");
+        assert!(
+            found(Some(&wrong)).unwrap().starts_with("OSRELEASE=6.1"),
+            "{at}"
+        );
     }
     assert!(found(Some(&[])).is_some());
 }
@@ -156,7 +184,9 @@ fn linear_addresses_lead_to_the_same_bytes() {
     assert!(!path.exists());
     // 32-bit paging: a page of 4 MiB.
     memory.write(0x1000, &[0; 4096]).unwrap();
-    memory.write(0x1000 + 4 * 768, &0x83u32.to_le_bytes()).unwrap();
+    memory
+        .write(0x1000 + 4 * 768, &0x83u32.to_le_bytes())
+        .unwrap();
     s.efer = 0;
     s.cr4 = cr4::PSE;
     let core = dump("narrow", &memory, &s, true, None);

@@ -14,10 +14,15 @@ use super::PIECE;
 
 /// Firmware file in which a guest says where its note is.
 pub const FILE: &str = "etc/vmcoreinfo";
-/// Its size: formats (2 × 16 bits), size (32 bits) and guest-physical address (64 bits) of the note.
-pub const FILE_BYTES: usize = 16;
 /// FW_CFG_VMCOREINFO_FORMAT_ELF.
 const FORMAT_ELF: u16 = 1;
+/// What it holds before the guest writes it: the formats that the host knows and that the guest has
+/// chosen (16 bits each), size (32 bits) and guest-physical address (64 bits) of the note.
+pub const OFFER: [u8; 16] = {
+    let mut b = [0; 16];
+    b[0] = FORMAT_ELF as u8;
+    b
+};
 
 /// LIMIT: bytes of the text; Linux has a page.
 const INFO_BYTES_MAX: usize = 64 << 10;
@@ -34,7 +39,8 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 
 /// Bytes of the text of the note at the beginning of `bytes`, if there is one.
 fn text_bytes(bytes: &[u8]) -> Option<usize> {
-    let is_note = word(bytes, 0)? == 11 && word(bytes, 8)? == 0 && bytes.get(12..)?.starts_with(NAME);
+    let is_note =
+        word(bytes, 0)? == 11 && word(bytes, 8)? == 0 && bytes.get(12..)?.starts_with(NAME);
     let len = word(bytes, 4)? as usize;
     (is_note && (1..=INFO_BYTES_MAX).contains(&len)).then_some(len)
 }
@@ -67,8 +73,12 @@ fn somewhere(memory: &GuestMemory, ram: &File) -> Option<Vec<u8>> {
                 continue;
             }
             let here = part.get(4 * place..)?;
-            let Some(len) = text_bytes(here) else { continue };
-            let begins = here.get(HEAD_BYTES..).is_some_and(|t| t.starts_with(BEGINS));
+            let Some(len) = text_bytes(here) else {
+                continue;
+            };
+            let begins = here
+                .get(HEAD_BYTES..)
+                .is_some_and(|t| t.starts_with(BEGINS));
             let from = at + (4 * place + HEAD_BYTES) as u64;
             if begins && from + len as u64 <= end {
                 let mut text = vec![0; len];

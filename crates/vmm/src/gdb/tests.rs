@@ -264,6 +264,10 @@ fn hostile_debugger_is_survived() {
                 break;
             }
         }
+        // The guest would go on, which is answered when it stops.
+        if packet.starts_with(b"c") {
+            continue;
+        }
         d.stream.write_all(&frame(&packet)).unwrap();
         let answer = d.packet();
         assert!(answer.len() <= MAX_PACKET_BYTES, "{}", answer.len());

@@ -191,7 +191,21 @@ fn code_that_changes_itself_keeps_its_stops() {
         // L: inc byte [N]; N: mov al, 0; cmp al, 9; jb L; out F4H, al
         let n = CODE + 7;
         let code = [
-            0xfe, 0x04, 0x25, n as u8 + 1, (n >> 8) as u8, 0, 0, 0xb0, 0, 0x3c, 9, 0x72, 0xf3, 0xe6, 0xf4,
+            0xfe,
+            0x04,
+            0x25,
+            n as u8 + 1,
+            (n >> 8) as u8,
+            0,
+            0,
+            0xb0,
+            0,
+            0x3c,
+            9,
+            0x72,
+            0xf3,
+            0xe6,
+            0xf4,
         ];
         b.write(CODE, &code);
         let (vm, mut v) = b.into_vcpu();
