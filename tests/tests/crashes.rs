@@ -113,11 +113,12 @@ fn paused_guest_is_dumped_and_goes_on() {
         "{shown}"
     );
     gdb.ask("thread 1");
-    assert_eq!(gdb.value("$rbx"), MARK.into());
-    assert_eq!(gdb.value("*(unsigned*)0x20000"), MARK.into());
+    assert_eq!(gdb.value("$rbx"), u64::from(MARK));
+    assert_eq!(gdb.value("*(unsigned*)0x20000"), u64::from(MARK));
     assert_eq!(gdb.value("*(unsigned char*)0x100000"), 0xbb);
-    // Behind the OUT that reported it.
-    assert_eq!(gdb.value("$rip"), 0x10_0000 + 11 + 7);
+    // Behind the OUT that reported it; how far is a matter of time.
+    let rip = gdb.value("$rip");
+    assert!((0x10_0000 + 18..0x10_0200).contains(&rip), "{rip:#x}");
     gdb.quit();
 }
 

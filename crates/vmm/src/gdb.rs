@@ -107,6 +107,8 @@ pub enum Notice {
         vcpu: u32,
         /// Why.
         cause: Cause,
+        /// Its RIP: an offset in the code segment.
+        rip: u64,
     },
     /// The VM ends.
     Ended {

@@ -61,9 +61,12 @@ struct Status {
     halted: bool,
     /// What was told last.
     stop: (u32, Cause),
+    /// RIP at that time.
+    rip: u64,
     swbreak: bool,
     hwbreak: bool,
-    /// Breakpoints that the debugger set as hardware ones.
+    /// Breakpoints, and those that the debugger set as hardware ones.
+    software: BTreeSet<u64>,
     hardware: BTreeSet<u64>,
 }
 
@@ -138,6 +141,8 @@ pub fn run(target: &Target, mut stream: Stream) -> io::Result<()> {
         status: Mutex::new(Status {
             halted: true,
             stop: (0, Cause::Attached),
+            rip: 0,
+            software: BTreeSet::new(),
             swbreak: false,
             hwbreak: false,
             hardware: BTreeSet::new(),
@@ -184,8 +189,9 @@ fn tell(shared: &Shared, stopped: &Receiver<Notice>) {
         let mut status = lock(&shared.status);
         let was_running = !status.halted;
         let content = match &notice {
-            Notice::Stopped { vcpu, cause } => {
+            Notice::Stopped { vcpu, cause, rip } => {
                 status.halted = true;
+                status.rip = *rip;
                 status.stop = (*vcpu, cause.clone());
                 stop_reply(&status)
             }
@@ -222,11 +228,14 @@ fn stop_reply(status: &Status) -> String {
             format!("T05{kind}:{at:x};{thread}")
         }
         Cause::Debug(DebugStop::Breakpoint) => {
-            let reason = match (status.hardware.is_empty(), status.swbreak, status.hwbreak) {
-                // Which of them it was is known by the debugger from the address.
-                (true, true, _) => "swbreak:;",
-                (false, _, true) => "hwbreak:;",
-                _ => "",
+            // A debugger that finds no breakpoint of its own at RIP takes the reason for a late one
+            // and goes on, so it is told only if RIP is the address: not in a segment with a base.
+            let reason = if status.hwbreak && status.hardware.contains(&status.rip) {
+                "hwbreak:;"
+            } else if status.swbreak && status.software.contains(&status.rip) {
+                "swbreak:;"
+            } else {
+                ""
             };
             format!("T05{reason}{thread}")
         }
@@ -585,6 +594,7 @@ impl Session<'_> {
             let mut status = lock(&self.shared.status);
             status.halted = false;
             status.hardware.clone_from(&self.hardware);
+            status.software.clone_from(&self.stops);
         }
         let resume = Resume {
             goes,

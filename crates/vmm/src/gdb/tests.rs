@@ -33,7 +33,11 @@ fn vm(driver: std::sync::mpsc::Receiver<Event>) -> Log {
     let mut continues = 0;
     while let Ok(Event::Debugger(request)) = driver.recv() {
         let told = |cause| {
-            let stopped = Notice::Stopped { vcpu: 1, cause };
+            let stopped = Notice::Stopped {
+                vcpu: 1,
+                cause,
+                rip: 0,
+            };
             notices.as_ref().map(|n: &Sender<Notice>| n.send(stopped));
         };
         match request {

@@ -46,19 +46,25 @@ impl Debugger {
         !self.holds && !self.late.is_empty()
     }
 
-    fn tell(&mut self, vcpu: u32, cause: Cause) {
+    fn tell(&mut self, vcpu: u32, cause: Cause, rip: u64) {
         self.holds = true;
         if cause == Cause::Debug(DebugStop::Breakpoint) {
             self.told.insert(vcpu);
         }
         if let Some(n) = &self.notices {
             // The session ends by a request, whatever becomes of its threads.
-            let _ = n.send(Notice::Stopped { vcpu, cause });
+            let _ = n.send(Notice::Stopped { vcpu, cause, rip });
         }
     }
 }
 
 impl Running {
+    /// Tells the debugger that the VM stands still.
+    fn tell(&mut self, vcpu: u32, cause: Cause) {
+        let rip = self.vcpus.state(vcpu).map_or(0, |s| s.rip);
+        self.debugger.tell(vcpu, cause, rip);
+    }
+
     /// A vCPU came back to the debugger.
     pub(super) fn debug_stop(&mut self, vcpu: u32, stop: DebugStop) {
         if self.debugger.notices.is_none() {
@@ -71,7 +77,7 @@ impl Running {
             tracing::warn!("the guest does not stop for its debugger: {e:#}");
             return;
         }
-        self.debugger.tell(vcpu, Cause::Debug(stop));
+        self.tell(vcpu, Cause::Debug(stop));
     }
 
     /// Tells the debugger what happened while the VM was stopped for somebody else.
@@ -102,7 +108,7 @@ impl Running {
                     return None;
                 }
                 match self.pause() {
-                    Ok(()) => self.debugger.tell(0, Cause::Interrupted),
+                    Ok(()) => self.tell(0, Cause::Interrupted),
                     Err(e) => tracing::warn!("the guest does not stop for its debugger: {e:#}"),
                 }
             }
@@ -155,7 +161,7 @@ impl Running {
             return;
         }
         if let Some((vcpu, stop)) = self.debugger.late.pop_front() {
-            self.debugger.tell(vcpu, Cause::Debug(stop));
+            self.tell(vcpu, Cause::Debug(stop));
             return;
         }
         for (vcpu, go) in (0..).zip(&how.goes) {
@@ -169,7 +175,7 @@ impl Running {
                 pass: self.debugger.told.contains(&vcpu),
             };
             if let Err(e) = self.vcpus.set_debug(vcpu, plan) {
-                self.debugger.tell(vcpu, Cause::Failed(e.to_string()));
+                self.tell(vcpu, Cause::Failed(e.to_string()));
                 return;
             }
         }
