@@ -153,7 +153,7 @@ pub fn execute(v: &mut SoftVcpu) -> Result<(), Trap> {
     if !passes && v.debug.stops.binary_search(&at).is_ok() {
         return Err(Trap::Stop(StopReason::Debug(DebugStop::Breakpoint)));
     }
-    if v.vm.options.translate && !v.debug.stops_in_page(at) && xlate::can_run(v) {
+    if v.vm.options.translate && xlate::can_run(v) {
         xlate::run(v)
     } else {
         interp::step(v)

@@ -235,7 +235,7 @@ fn mode_of(v: &SoftVcpu) -> Option<u32> {
     if c.cr0 & cr0::PE == 0 || c.rflags & (rflags::VM | rflags::TF) != 0 || c.dr[7] & 0xff != 0 {
         return None;
     }
-    if matches!(c.cpl(), 1 | 2) {
+    if matches!(c.cpl(), 1 | 2) || v.debug.stops_in_page(c.rip) {
         return None;
     }
     // Alignment checks are the interpreter's.
@@ -348,9 +348,6 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
         }
         let m = m | std::mem::take(&mut variant);
         let linear_rip = v.frame.cpu.rip;
-        if v.debug.stops_in_page(linear_rip) {
-            return Ok(());
-        }
         let fetched = match v.fetch_page(linear_rip) {
             Ok(g) if v.canonical(linear_rip) || m & mode::CODE64 == 0 => g,
             // The interpreter raises the fetch's exception.

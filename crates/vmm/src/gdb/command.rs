@@ -470,7 +470,7 @@ mod tests {
                 x ^= x >> 7;
                 x ^= x << 17;
                 packet.push(letters[(x >> 32) as usize % letters.len()]);
-                if x % 11 == 0 {
+                if x.is_multiple_of(11) {
                     break;
                 }
             }

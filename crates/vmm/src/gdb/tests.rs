@@ -264,7 +264,7 @@ fn hostile_debugger_is_survived() {
             x ^= x >> 7;
             x ^= x << 17;
             packet.push(letters[(x >> 32) as usize % letters.len()]);
-            if x % 13 == 0 {
+            if x.is_multiple_of(13) {
                 break;
             }
         }
