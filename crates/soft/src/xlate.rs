@@ -340,7 +340,11 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
     let mut moved = None;
     loop {
         let Some(m) = mode_of(v) else { return Ok(()) };
-        if v.frame.xlate.direct != 0 && m & mode::VIEW == View::User as u32 && direct::run(v)? {
+        if v.frame.xlate.direct != 0
+            && !v.debug.armed()
+            && m & mode::VIEW == View::User as u32
+            && direct::run(v)?
+        {
             if run_loop_wanted(v) {
                 return Ok(());
             }
