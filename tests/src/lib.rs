@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 pub mod drives;
 pub mod firmware;
 pub mod fixtures;
+pub mod gdb;
 pub mod guest;
 pub mod iso;
 pub mod packages;

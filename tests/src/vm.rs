@@ -76,6 +76,13 @@ impl Vm {
         output.trim_end_matches("end\r\n").trim().replace('\r', "")
     }
 
+    /// The address of a symbol of the guest's kernel.
+    pub fn symbol(&mut self, name: &str) -> u64 {
+        let shown = self.ask(&format!("grep ' {name}$' /proc/kallsyms"));
+        let digits = shown.split_whitespace().next().unwrap_or_default();
+        u64::from_str_radix(digits, 16).unwrap_or_else(|_| panic!("{name}: {shown}"))
+    }
+
     /// Asks from outside: exit code and output.
     pub fn control(&self, words: &[&str]) -> (i32, String) {
         ctl(&self.socket, words)

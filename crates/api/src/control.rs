@@ -127,6 +127,14 @@ pub enum Command {
         /// In.
         up: bool,
     },
+    /// Writes memory and registers to a new ELF core; the VM then goes on.
+    Dump {
+        /// The file, which must not exist.
+        path: PathBuf,
+        /// With the linear addresses of the first vCPU.
+        #[serde(default)]
+        linear: bool,
+    },
     /// Writes memory and state to a new directory; the VM then goes on.
     Snapshot {
         /// The directory, which must not exist.
@@ -219,6 +227,13 @@ pub enum Event {
     KernelPanic {
         /// What it said.
         line: String,
+    },
+    /// The guest said through its pvpanic device that it panicked.
+    GuestPanicked {
+        /// It starts another kernel to look at itself.
+        crash_kernel: bool,
+        /// The VM was paused for it.
+        is_paused: bool,
     },
     /// The VM has ended; nothing follows.
     Ended(Ending),

@@ -9,8 +9,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod debug;
 mod disk;
 mod firmware;
+mod listen;
 mod nic;
 mod screen;
 mod share;
@@ -18,13 +20,15 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 
+pub use debug::{GdbSpec, PanicAction, PvpanicBus, PvpanicSpec};
 pub use disk::{DiskFaults, DiskLimit, DiskLimits, DiskSetting, DiskSettings, OnError};
 pub use firmware::{FirmwareSpec, SmbiosSpec};
+pub use listen::Listen;
 pub use nic::{
     CableSpec, LOSS_UNIT, MAX_NIC_QUEUES, MAX_NICS, MacAddr, NicBackend, NicModel, NicSpec,
     RateSpec,
 };
-pub use screen::{ScreenSpec, VgaKind, VncListen, VncSpec};
+pub use screen::{ScreenSpec, VgaKind, VncSpec};
 pub use share::{
     ChannelSpec, MAX_CHANNEL_NAME_BYTES, MAX_CHANNELS, MAX_SHARES, MAX_TAG_BYTES, ShareKind,
     ShareOwner, ShareSpec,
@@ -391,6 +395,15 @@ pub struct VmSpec {
     /// File for what the guest writes to the debug console, port 402H; it is dropped without.
     #[serde(default)]
     pub debugcon: Option<PathBuf>,
+    /// GDB stub.
+    #[serde(default)]
+    pub gdb: Option<GdbSpec>,
+    /// pvpanic device.
+    #[serde(default)]
+    pub pvpanic: Option<PvpanicSpec>,
+    /// The guest is offered a place to say where its VMCOREINFO is.
+    #[serde(default)]
+    pub vmcoreinfo: bool,
     /// What a reset by the guest does.
     #[serde(default)]
     pub reset: ResetPolicy,
@@ -433,6 +446,9 @@ impl Default for VmSpec {
             channels: Vec::new(),
             serial2: None,
             debugcon: None,
+            gdb: None,
+            pvpanic: None,
+            vmcoreinfo: false,
             reset: ResetPolicy::Reboot,
             time_limit_ms: None,
             restore: None,
@@ -544,6 +560,9 @@ impl VmSpec {
         }
         self.validate_net(&mut bad);
         self.screen.validate(&mut bad);
+        if let Some(g) = &self.gdb {
+            g.validate(&mut bad);
+        }
         if let Some(v) = &self.vsock {
             // sockaddr_un.sun_path, with room for a port suffix.
             if v.as_os_str().is_empty() || v.as_os_str().len() > 90 {

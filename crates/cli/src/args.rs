@@ -7,8 +7,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pyrite_api::v1::{
     BootSpec, CdromSpec, ConsoleKind, DirectKind, DiskBus, DiskSetting, DiskSpec, EngineKind,
-    FloppyKind, FloppySpec, ForwardSpec, ModuleSpec, NetSpec, Protocol, ResetPolicy, SpecError,
-    UsbSpec, VmSpec,
+    FloppyKind, FloppySpec, ForwardSpec, GdbSpec, ModuleSpec, NetSpec, Protocol, PvpanicSpec,
+    ResetPolicy, SpecError, UsbSpec, VmSpec,
 };
 
 use crate::firmware::FirmwareArgs;
@@ -116,6 +116,14 @@ pub enum Ask {
     Snapshot {
         /// The directory, which must not exist
         dir: PathBuf,
+    },
+    /// Write memory and registers to a new ELF core, for gdb and crash; the VM then goes on
+    Dump {
+        /// With what the first CPU's page tables map, so that gdb reads linear addresses
+        #[arg(long = "virtual")]
+        linear: bool,
+        /// The file, which must not exist
+        file: PathBuf,
     },
     /// Show what the machine is and does
     Inspect {
@@ -289,6 +297,28 @@ pub struct RunArgs {
     /// Folders and channels
     #[command(flatten)]
     pub share: crate::share::ShareArgs,
+    /// Let GDB debug the guest: `target remote` and this address
+    ///
+    /// On a Unix socket that only its owner can connect to, or a port of the host's loopback, to
+    /// which every user of the host can connect. With wait, the guest stands still before its first
+    /// instruction until the debugger lets it go on.
+    #[arg(long, value_name = "unix:PATH|127.0.0.1:PORT[,wait]", value_parser = crate::listen::parse_gdb)]
+    pub gdb: Option<GdbSpec>,
+    /// Let the guest say that it has panicked: pvpanic, as a port or a PCI function
+    ///
+    /// Then the VM ends with exit code 3, or does what action= says: pause (the guest can be looked
+    /// at, with --gdb or `pyrite ctl SOCKET dump FILE`) or continue.
+    #[arg(
+        long,
+        value_name = "isa|pci[,action=exit|pause|continue]",
+        value_parser = crate::listen::parse_pvpanic
+    )]
+    pub pvpanic: Option<PvpanicSpec>,
+    /// Let the guest say where its VMCOREINFO is, for `pyrite ctl SOCKET dump`
+    ///
+    /// Without, it is looked for in the guest's memory.
+    #[arg(long)]
+    pub vmcoreinfo: bool,
     /// The screen
     #[command(flatten)]
     pub screen: crate::screen::ScreenArgs,
@@ -383,6 +413,9 @@ impl RunArgs {
             channels: self.share.channels.clone(),
             serial2: self.serial2.clone(),
             debugcon: self.debugcon.clone(),
+            gdb: self.gdb.clone(),
+            pvpanic: self.pvpanic,
+            vmcoreinfo: self.vmcoreinfo,
             reset: if self.no_reboot {
                 ResetPolicy::Stop
             } else {
@@ -435,6 +468,7 @@ fn option_of(path: &str) -> &'static str {
         ("channels", _) => "--channel",
         ("serial2", _) => "--serial2",
         ("debugcon", _) => "--debugcon",
+        ("gdb", _) => "--gdb",
         ("time_limit_ms", _) => "--timeout",
         ("restore", _) => "--restore",
         _ => "the VM specification",

@@ -170,6 +170,10 @@ fn ask(socket: &Path, what: Ask) -> Result<Outcome> {
             // The VM process has a working directory of its own.
             dir: std::path::absolute(&dir).context("the directory of the snapshot")?,
         },
+        Ask::Dump { linear, file } => Command::Dump {
+            path: std::path::absolute(&file).context("the path of the core")?,
+            linear,
+        },
         Ask::Inspect { path } => Command::Inspect { path },
         Ask::Balloon { bytes } => Command::Balloon { bytes },
         Ask::Insert {

@@ -280,6 +280,17 @@ impl Session {
                  pyrite ctl SOCKET disk {disk} on-error=report, then resume"
             )),
             Event::KernelPanic { line } => self.say(&format!("guest kernel panic: {line}")),
+            Event::GuestPanicked {
+                crash_kernel,
+                is_paused,
+            } => self.say(match (crash_kernel, is_paused) {
+                (true, _) => "the guest has panicked and starts its crash kernel",
+                (false, true) => {
+                    "the guest has panicked and is paused; pyrite ctl SOCKET dump FILE writes its \
+                     memory, and resume lets it go on"
+                }
+                (false, false) => "the guest has panicked",
+            }),
             Event::Ended(ending) => self.ending = Some(ending),
         }
     }

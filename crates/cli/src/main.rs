@@ -12,6 +12,7 @@ mod exit;
 mod firmware;
 mod front;
 mod image;
+mod listen;
 mod log;
 mod net;
 mod profile;

@@ -1,13 +1,12 @@
 //! The screen, keyboard and pointer of a VM: options of `pyrite run`, and the commands `screenshot`,
 //! `type`, `key` and `mouse`.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use pyrite_api::control::{Command, MAX_STROKES, MAX_TEXT_CHARS, Stroke};
-use pyrite_api::v1::{ScreenSpec, VgaKind, VncListen, VncSpec};
+use pyrite_api::v1::{ScreenSpec, VgaKind, VncSpec};
 
 /// Options of `pyrite run` about the screen.
 #[derive(Debug, Args)]
@@ -65,16 +64,7 @@ fn parse_vnc(text: &str) -> Result<VncSpec, String> {
         Some(_) => return Err("password-file= needs a file".into()),
         None => (text, None),
     };
-    let listen = match listen.strip_prefix("unix:") {
-        Some(path) if !path.is_empty() => VncListen::Unix(path.into()),
-        Some(_) => return Err("unix: needs the path of a socket".into()),
-        None => {
-            let address: SocketAddr = listen.parse().map_err(
-                |_| "expected unix:PATH or 127.0.0.1:PORT, and perhaps ,password-file=FILE",
-            )?;
-            VncListen::Tcp(address)
-        }
-    };
+    let listen = crate::listen::parse(listen, ",password-file=FILE")?;
     Ok(VncSpec {
         listen,
         password_file,
@@ -213,18 +203,17 @@ fn unescape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pyrite_api::v1::Listen;
+
     use super::*;
 
     #[test]
     fn vnc_addresses_are_understood() {
         let unix = parse_vnc("unix:/run/a,b,password-file=/p").unwrap();
-        assert_eq!(unix.listen, VncListen::Unix("/run/a,b".into()));
+        assert_eq!(unix.listen, Listen::Unix("/run/a,b".into()));
         assert_eq!(unix.password_file, Some("/p".into()));
         let tcp = parse_vnc("127.0.0.1:5900").unwrap();
-        assert_eq!(
-            tcp.listen,
-            VncListen::Tcp("127.0.0.1:5900".parse().unwrap())
-        );
+        assert_eq!(tcp.listen, Listen::Tcp("127.0.0.1:5900".parse().unwrap()));
         for wrong in [
             "",
             "5900",

@@ -30,6 +30,7 @@ pub mod lpc;
 pub mod net;
 pub mod pci_host;
 pub mod pit;
+pub mod pvpanic;
 pub mod reset_ports;
 pub mod rtc;
 pub mod storage;

@@ -12,12 +12,14 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 pub mod conformance;
+pub mod debug;
 #[cfg(target_os = "linux")]
 pub mod kvm;
 #[cfg(target_os = "linux")]
 pub mod probe;
 pub mod saved;
 
+pub use debug::{DebugCaps, DebugPlan, DebugStop, Watch, WatchKind};
 pub use pyrite_x86 as x86;
 use pyrite_x86::CpuState;
 pub use pyrite_x86::cpuid::{CpuidEntry, CpuidTable};
@@ -45,8 +47,8 @@ pub enum StopReason {
     Requested,
     /// Triple fault: hardware would reset the machine.
     TripleFault,
-    /// A debug condition that the host asked for.
-    Debug,
+    /// Something that [`Vcpu::set_debug`] asked for.
+    Debug(DebugStop),
     /// The engine cannot go on; the message says why and shows the guest's state.
     Failed(EngineError),
 }
@@ -83,6 +85,8 @@ pub struct EngineCaps {
     pub max_vcpus: u32,
     /// Frequency of the guest TSC in kHz.
     pub tsc_khz: u64,
+    /// What debuggers may ask for.
+    pub debug: DebugCaps,
 }
 
 /// What a VM is created from.
@@ -168,4 +172,6 @@ pub trait Vcpu: Send {
     fn state(&mut self) -> Result<CpuState, EngineError>;
     /// Replaces the architectural state. Only between `run`s.
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError>;
+    /// What the following `run`s stop for, until it is replaced. Only between `run`s.
+    fn set_debug(&mut self, plan: &DebugPlan) -> Result<(), EngineError>;
 }

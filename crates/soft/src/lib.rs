@@ -11,6 +11,7 @@
 //!   transfers, control/debug/model-specific registers, CPUID, XSAVE.
 //! - [`apic`]: local APICs, IPIs, timers.
 //! - [`xlate`]: the translator, a cache of the interpreter.
+//! - [`debug`]: a debugger outside the guest.
 //! - [`vcpu`], [`vm`]: the run loop and what vCPUs share.
 //!
 //! # Threads
@@ -19,6 +20,7 @@
 //! atomic event flags, an exit request that translated code polls, and the APIC's own lock.
 
 pub mod apic;
+pub mod debug;
 pub mod direct;
 pub mod exception;
 pub mod frame;

@@ -308,7 +308,10 @@ impl SoftVcpu {
         Some(Place::Ram(at as *mut u8, off))
     }
 
-    fn has_data_breakpoint(&self, lin: u64) -> bool {
+    pub(crate) fn has_data_breakpoint(&self, lin: u64) -> bool {
+        if self.debug.watches_page(lin) {
+            return true;
+        }
         let c = &self.frame.cpu;
         if c.dr[7] & 0xff == 0 {
             return false;

@@ -8,11 +8,12 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use pyrite_engine::{EngineError, StopReason, Vcpu};
+use pyrite_engine::{DebugPlan, EngineError, StopReason, Vcpu};
 use pyrite_state::Inspect;
 use pyrite_x86::bits::{rflags, vector};
 use pyrite_x86::{Activity, CpuState, InterruptShadow, gpr, sreg};
 
+use crate::debug::{self, HostDebug};
 use crate::exception::Trap;
 use crate::frame::Frame;
 use crate::mmu::TlbNotes;
@@ -118,6 +119,8 @@ pub struct SoftVcpu {
     pub irq_waiting: bool,
     /// DR6 bits of data breakpoints that the current instruction hit.
     pub pending_dr6: u64,
+    /// What a debugger outside waits for.
+    pub debug: HostDebug,
 }
 
 impl SoftVcpu {
@@ -151,6 +154,7 @@ impl SoftVcpu {
             stats: Stats::default(),
             irq_waiting: true,
             pending_dr6: 0,
+            debug: HostDebug::default(),
         };
         let state = CpuState::reset(index, index == 0);
         v.load(&state);
@@ -178,6 +182,7 @@ impl SoftVcpu {
         if self.frame.cpu.dr[7] & 0xff != 0 {
             self.pending_dr6 |= sys::debug::data_breakpoints(&self.frame.cpu, lin, len, write);
         }
+        self.debug.note_access(lin, len, write);
     }
 
     /// Handles event flags. `Some` = leave `run`.
@@ -294,7 +299,7 @@ impl SoftVcpu {
     /// Delivers an NMI or interrupt if one can be taken now. True if something was delivered.
     fn take_interrupt(&mut self) -> Result<bool, Trap> {
         let cpu = &mut self.frame.cpu;
-        if cpu.interrupt_shadow != InterruptShadow::None {
+        if cpu.interrupt_shadow != InterruptShadow::None || self.debug.holds_interrupts(cpu) {
             return Ok(false);
         }
         if cpu.nmi_pending && !cpu.nmi_blocked {
@@ -333,6 +338,9 @@ impl SoftVcpu {
 
     fn run_loop(&mut self) -> StopReason {
         loop {
+            if let Some(stop) = self.debug.take_hit() {
+                return stop;
+            }
             // The exit request may be left over from an event that was withdrawn; taking events
             // clears it, else translated code would leave at once, for ever.
             let me = self.shared();
@@ -386,6 +394,9 @@ impl SoftVcpu {
 
     /// Runs guest code until something needs the run loop. Exceptions are delivered inside.
     fn execute(&mut self) -> Result<(), Trap> {
+        if self.debug.armed() {
+            return debug::execute(self);
+        }
         if self.vm.options.translate && xlate::can_run(self) {
             xlate::run(self)
         } else {
@@ -443,5 +454,9 @@ impl Vcpu for SoftVcpu {
         }
         xlate::drop_everything(self);
         Ok(())
+    }
+
+    fn set_debug(&mut self, plan: &DebugPlan) -> Result<(), EngineError> {
+        debug::arm(self, plan)
     }
 }

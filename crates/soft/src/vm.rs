@@ -448,6 +448,7 @@ impl SoftVm {
                 name: "soft",
                 max_vcpus: 64,
                 tsc_khz,
+                debug: crate::debug::CAPS,
             },
             vcpus: Mutex::new(vcpus),
         }))

@@ -235,7 +235,7 @@ fn mode_of(v: &SoftVcpu) -> Option<u32> {
     if c.cr0 & cr0::PE == 0 || c.rflags & (rflags::VM | rflags::TF) != 0 || c.dr[7] & 0xff != 0 {
         return None;
     }
-    if matches!(c.cpl(), 1 | 2) {
+    if matches!(c.cpl(), 1 | 2) || v.debug.stops_in_page(c.rip) {
         return None;
     }
     // Alignment checks are the interpreter's.
@@ -330,6 +330,7 @@ pub fn run_loop_wanted(v: &SoftVcpu) -> bool {
         || c.interrupt_shadow != InterruptShadow::None
         || (v.irq_waiting && c.rflags & rflags::IF != 0)
         || (c.nmi_pending && !c.nmi_blocked)
+        || v.debug.has_hit()
 }
 
 /// Runs translated code until something needs the run loop.
@@ -339,7 +340,11 @@ pub fn run(v: &mut SoftVcpu) -> Result<(), Trap> {
     let mut moved = None;
     loop {
         let Some(m) = mode_of(v) else { return Ok(()) };
-        if v.frame.xlate.direct != 0 && m & mode::VIEW == View::User as u32 && direct::run(v)? {
+        if v.frame.xlate.direct != 0
+            && !v.debug.armed()
+            && m & mode::VIEW == View::User as u32
+            && direct::run(v)?
+        {
             if run_loop_wanted(v) {
                 return Ok(());
             }
@@ -682,8 +687,11 @@ fn forget_target(v: &mut SoftVcpu, id: u32) {
 }
 
 /// The block for a key, translated now if need be, with entries from other pages if they are wanted
-/// now. `None`: not RAM.
+/// now. `None`: not RAM, or a debugger stops somewhere in its page.
 fn find_or_translate(v: &mut SoftVcpu, key: BlockKey, entries: bool) -> Option<u32> {
+    if v.debug.stops_in_page(key.rip) {
+        return None;
+    }
     if let Some(id) = v.xlate.cache.find(&key) {
         let Some(second) = v.xlate.cache.blocks[id as usize].second else {
             return Some(id);

@@ -11,4 +11,9 @@ pub trait MachineEvents: Send + Sync {
     fn suspend(&self);
     /// The guest ended a test run; `code` is the exit status that it asks for.
     fn debug_exit(&self, code: u32);
+    /// The guest says that it has panicked; `crash_kernel`: it starts another kernel to look at
+    /// itself. Devices without such a register never call it.
+    fn panicked(&self, crash_kernel: bool) {
+        let _ = crash_kernel;
+    }
 }

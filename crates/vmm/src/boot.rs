@@ -12,7 +12,6 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use pyrite_api::v1::SmbiosSpec;
-use pyrite_devices::storage::floppy::DriveKind;
 use pyrite_mem::GuestMemory;
 use pyrite_x86::CpuState;
 
@@ -176,7 +175,7 @@ pub struct BootImage {
     /// Who the machine says that it is.
     pub identity: SmbiosSpec,
     /// Floppy drives.
-    pub floppies: Vec<DriveKind>,
+    pub extras: acpi::Extras,
 }
 
 /// What kind of kernel a file holds.
@@ -214,7 +213,7 @@ impl BootImage {
                 "only a Multiboot kernel takes modules, and this kernel is none",
             ));
         }
-        let rsdp = lowmem::write_tables(memory, vcpus, &self.identity, &self.floppies)?;
+        let rsdp = lowmem::write_tables(memory, vcpus, &self.identity, &self.extras)?;
         match format {
             KernelFormat::BzImage => linux::load_bzimage(self, &kernel, memory, rsdp),
             KernelFormat::Vmlinux => linux::load_vmlinux(self, &kernel, memory, rsdp),

@@ -15,7 +15,6 @@ use pyrite_devices::chipset::{Chipset, FirmwareBoard};
 use pyrite_devices::flash::{self, Flash, FlashStore, Volatile};
 use pyrite_devices::fw_cfg::{self, FwCfg, FwCfgError};
 use pyrite_devices::pci_host::{EcamBase, Q35_ECAM_BYTES, Windows};
-use pyrite_devices::storage::floppy::DriveKind;
 use pyrite_devices::uart::SerialBackend;
 use pyrite_engine::CpuidTable;
 use pyrite_mem::{FIRMWARE_LOW_RAM_END, GuestMemory, HIGH_RAM_START};
@@ -271,7 +270,7 @@ impl Firmware {
             chipset.pci.ecam(),
             windows(&chipset.memory),
             spec.cpus,
-            crate::machine::floppy_kinds(spec).unwrap_or_default(),
+            crate::machine::acpi_extras(spec),
         )
     }
 
@@ -360,7 +359,7 @@ pub fn acpi_board(ecam: Option<u64>, windows: Windows) -> acpi::Board {
         window64: (windows.mem64.0, windows.mem64.0 + (windows.mem64.1 - 1)),
         io_start: windows.io.0 as u16,
         off_type: board::SLP_TYP_S5,
-        floppies: Vec::new(),
+        extras: acpi::Extras::default(),
     }
 }
 
@@ -369,11 +368,11 @@ fn add_acpi(
     ecam: EcamBase,
     windows: Windows,
     vcpus: u32,
-    floppies: Vec<DriveKind>,
+    extras: acpi::Extras,
 ) -> Result<(), FwCfgError> {
     f.add_computed(Box::new(move || {
         let board = acpi::Board {
-            floppies: floppies.clone(),
+            extras: extras.clone(),
             ..acpi_board(ecam.get(), windows)
         };
         let files = acpi::files(&board, vcpus);

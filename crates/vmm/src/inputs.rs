@@ -118,7 +118,7 @@ pub(crate) fn open_boot(spec: &VmSpec) -> Result<BootImage, Vec<BootError>> {
             has_text_screen: spec.screen.vga == VgaKind::Std,
             identity: spec.smbios.clone(),
             // A wrong one is told by `check`.
-            floppies: crate::machine::floppy_kinds(spec).unwrap_or_default(),
+            extras: crate::machine::acpi_extras(spec),
         }),
         _ => Err(errors),
     }

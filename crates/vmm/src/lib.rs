@@ -5,18 +5,21 @@
 //! - [`firmware`]: what a machine starts with that boots no kernel directly.
 //! - [`inputs`]: looks at the files of a specification before anything starts.
 //! - [`display`]: the screen and input for people and programs outside.
+//! - [`gdb`]: the GDB stub.
 //! - [`engines`]: which engine, and what CPUID says.
 //! - [`output`]: files that take what the guest writes to serial ports.
 //! - [`machine`]: memory, chipset, devices and engine, put together.
 //! - [`run`]: the state driver, the only place that changes what the VM does.
 //! - [`snapshot`]: a stopped machine as a directory.
+//! - [`dump`]: a stopped machine as an ELF core.
 //! - [`process`]: the entry of the VM process.
 //!
 //! # Threads
 //!
 //! The state driver (the process's first thread), one thread per vCPU (`vcpu0` …), `timers`,
 //! `control`, `console-in`, `console-out`, `input`, `vnc` and two for each
-//! of its clients, `channel-in` and `channel-out` for each channel, on KVM one per virtio device that waits for its doorbells
+//! of its clients, `gdb` and two for its debugger, `channel-in` and `channel-out` for each channel, on KVM one
+//! per virtio device that waits for its doorbells
 //! (`bell-blk0` …), and those of back ends. Everything that changes the
 //! state of the VM goes through the driver's queue.
 #![deny(unsafe_code)]
@@ -24,13 +27,15 @@
 pub mod board;
 pub mod boot;
 pub mod display;
+pub mod dump;
 pub mod engines;
 pub mod firmware;
 mod footprint;
+pub mod gdb;
 pub mod inputs;
+mod listen;
 pub mod machine;
 pub mod output;
 pub mod process;
 pub mod run;
 pub mod snapshot;
-mod socket;

@@ -36,6 +36,7 @@ use crate::output::OutputFile;
 use crate::run::console::Console;
 
 mod channels;
+mod debugging;
 mod disks;
 #[cfg(test)]
 mod doorbell_tests;
@@ -48,6 +49,7 @@ mod shares;
 mod tests;
 mod usb;
 
+pub(crate) use debugging::acpi_extras;
 pub use disks::Disks;
 pub(crate) use disks::open_options;
 pub(crate) use floppies::kinds as floppy_kinds;
@@ -233,6 +235,7 @@ impl Machine {
         console: Console,
         events: Arc<dyn MachineEvents>,
     ) -> Result<Machine, AssemblyError> {
+        let reports = Arc::clone(&events);
         let mut firmware = match &spec.boot.firmware {
             Some(f) => Some(Firmware::open(f).map_err(|e| AssemblyError::Input(vec![e]))?),
             None => None,
@@ -292,6 +295,7 @@ impl Machine {
         let input = Input::new(&chipset.i8042, usb.as_ref());
         let input = input.map_err(|e| host("input")(e.into()))?;
         let floppies = floppies::plug(spec, &mut slots)?;
+        debugging::plug(spec, &mut slots, &reports)?;
         let vnc = screen::listen(spec, &screen, &input)?;
         let boot_devices = std::mem::take(&mut slots.boot);
         units.extend(pci_host);

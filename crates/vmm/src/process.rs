@@ -4,16 +4,19 @@ use std::io::BufReader;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use pyrite_api::control::{self, Ending, Event as Notice, Hello, Message, PROTOCOL};
 use pyrite_api::v1::{
-    ChannelSpec, ConsoleKind, NetSpec, NicSpec, ScreenSpec, ShareKind, ShareSpec, SpecError,
-    VmSpec, VncListen,
+    ChannelSpec, ConsoleKind, GdbSpec, Listen, NetSpec, NicSpec, PvpanicSpec, ScreenSpec,
+    ShareKind, ShareSpec, SpecError, VmSpec,
 };
+use pyrite_engine::DebugPlan;
 
 use crate::engines::{self, Engine};
+use crate::gdb;
 use crate::machine::{AssemblyError, Machine};
 use crate::run::console::Console;
 use crate::run::{self, Driver, Event, GuestRequests};
@@ -57,11 +60,15 @@ pub fn serve(mut control: UnixStream, console: UnixStream) -> Result<()> {
                 .vnc
                 .as_ref()
                 .and_then(|v| match &v.listen {
-                    VncListen::Unix(path) => Some(path.clone()),
-                    VncListen::Tcp(_) => None,
+                    Listen::Unix(path) => Some(path.clone()),
+                    Listen::Tcp(_) => None,
                 });
+            let gdb = driver.spec.gdb.as_ref().and_then(|g| match &g.listen {
+                Listen::Unix(path) => Some(path.clone()),
+                Listen::Tcp(_) => None,
+            });
             let channels = driver.spec.channels.iter().map(|c| c.path.clone());
-            let sockets = [driver.spec.vsock.clone(), vnc].into_iter().flatten();
+            let sockets = [driver.spec.vsock.clone(), vnc, gdb].into_iter().flatten();
             let sockets: Vec<_> = sockets.chain(channels).collect();
             let ending = driver.drive();
             console.finish(SHOW_WITHIN);
@@ -185,10 +192,48 @@ fn merge(now: &VmSpec, saved: VmSpec) -> Result<VmSpec, SpecError> {
         // Files of the host are named by who runs the VM, not by a file.
         serial2: now.serial2.clone(),
         debugcon: now.debugcon.clone(),
+        gdb: now.gdb.clone(),
+        // Which device there is stays; what it does is said now.
+        pvpanic: match (saved.pvpanic, now.pvpanic) {
+            (Some(there), Some(now)) => Some(PvpanicSpec {
+                action: now.action,
+                ..there
+            }),
+            (there, _) => there,
+        },
         net,
         screen,
         ..saved
     })
+}
+
+/// Takes debuggers from now on.
+fn serve_gdb(
+    spec: &GdbSpec,
+    machine: &Machine,
+    driver: &Sender<Event>,
+) -> Result<(), AssemblyError> {
+    let bad = |e: String| AssemblyError::Input(vec![SpecError::new("gdb.listen", e)]);
+    let caps = machine.vm.caps().debug;
+    caps.check(&DebugPlan::default()).map_err(bad)?;
+    let server = gdb::Server::listen(&spec.listen).map_err(|e| {
+        let at = match &spec.listen {
+            Listen::Unix(path) => path.display().to_string(),
+            Listen::Tcp(address) => address.to_string(),
+        };
+        bad(format!("cannot listen on {at}: {e}"))
+    })?;
+    tracing::info!(address = server.address(), "GDB stub");
+    let target = gdb::Target {
+        memory: Arc::clone(&machine.memory),
+        driver: driver.clone(),
+        vcpus: machine.vcpus,
+        caps,
+        cpuid: machine.cpuid.clone(),
+    };
+    server
+        .serve(target)
+        .map_err(|e| AssemblyError::Host(anyhow::Error::new(e).context("the GDB stub")))
 }
 
 fn assemble(
@@ -247,6 +292,9 @@ fn assemble(
         }),
     );
     let machine = Machine::build(&spec, engine, cpuid, console.clone(), guest.clone())?;
+    if let Some(spec) = &spec.gdb {
+        serve_gdb(spec, &machine, &sender)?;
+    }
     if let Some((columns, rows)) = hello.terminal_size {
         console.resize(columns, rows);
     }

@@ -18,11 +18,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use pyrite_api::control::{
-    self, Command, Ending, Event as Notice, MAX_STROKES, MAX_TEXT_CHARS, Message, Outcome, Request,
-    Stroke, Tree,
+    self, Command, Ending, Event as Notice, Message, Outcome, Request, Tree,
 };
 use pyrite_api::v1::{
-    DiskSetting, ResetPolicy, SNAPSHOT_FORMAT, ScreenSpec, SnapshotManifest, SpecError, VmSpec,
+    DiskSetting, PanicAction, ResetPolicy, SNAPSHOT_FORMAT, ScreenSpec, SnapshotManifest,
+    SpecError, VmSpec,
 };
 use pyrite_engine::{StopReason, saved};
 use pyrite_state::Inspect;
@@ -31,14 +31,17 @@ use pyrite_vdev::bus::lock;
 use pyrite_x86::CpuState;
 
 use crate::boot::BootImage;
-use crate::display::input::{self, Input};
+use crate::gdb;
 use crate::machine::Machine;
-use crate::snapshot;
+use crate::{dump, snapshot};
 
 pub mod console;
+mod debugger;
 mod panic_line;
+mod person;
 mod vcpus;
 
+use debugger::Debugger;
 use vcpus::Vcpus;
 
 /// More resets in a row than this, each sooner than [`LOOP_UPTIME_NS`], are a loop.
@@ -72,12 +75,16 @@ pub enum Event {
     Panic(Option<String>),
     /// A request to this disk failed on the host and is kept.
     DiskError(usize),
+    /// A debugger wants something.
+    Debugger(gdb::Request),
 }
 
 const POWER_OFF: u32 = 1 << 0;
 const RESET: u32 = 1 << 1;
 const SUSPEND: u32 = 1 << 2;
 const DEBUG_EXIT: u32 = 1 << 3;
+const PANICKED: u32 = 1 << 4;
+const CRASH_KERNEL: u32 = 1 << 5;
 
 /// What devices tell of the machine: noted here at once, acted on by the driver. However often a
 /// guest asks, one event waits.
@@ -125,6 +132,9 @@ impl MachineEvents for GuestRequests {
         self.code.store(code, Ordering::Release);
         self.note(DEBUG_EXIT);
     }
+    fn panicked(&self, crash_kernel: bool) {
+        self.note(if crash_kernel { CRASH_KERNEL } else { PANICKED });
+    }
 }
 
 /// What a VM is driven with.
@@ -161,6 +171,9 @@ struct Running {
     /// because every process measures the host's anew.
     tsc_khz: u64,
     panic: Option<(String, Instant)>,
+    debugger: Debugger,
+    /// The guest has panicked, and that was dealt with.
+    told_of_panic: bool,
 }
 
 /// A queue for a driver.
@@ -221,8 +234,11 @@ impl Driver {
             booted_at_ns: 0,
             tsc_khz,
             panic: None,
+            debugger: Debugger::default(),
+            told_of_panic: false,
         };
         let ending = running.until_the_end();
+        running.tell_debugger(&ending);
         if running.running {
             // Units hold host resources that their drop releases; vCPUs must not touch them then.
             if let Err(e) = running.pause() {
@@ -258,7 +274,8 @@ impl Running {
         if let Err(ending) = begun {
             return ending;
         }
-        if !self.d.spec.paused {
+        let waits = self.d.spec.gdb.as_ref().is_some_and(|g| g.wait);
+        if !self.d.spec.paused && !waits {
             self.run();
         }
         let (engine, why) = (self.d.engine.0.to_owned(), self.d.engine.1.clone());
@@ -269,6 +286,9 @@ impl Running {
             .time_limit_ms
             .and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
         loop {
+            if self.debugger.has_late() {
+                self.tell_late();
+            }
             let quiet = self.panic.as_ref().map(|(_, since)| *since + PANIC_SILENCE);
             let wake = match (limit, quiet) {
                 (Some(a), Some(b)) => Some(a.min(b)),
@@ -324,6 +344,7 @@ impl Running {
             Event::Guest => self.guest_asked(),
             Event::Request(r) => self.request(r),
             Event::FrontGone => Some(Ending::Stopped),
+            Event::Panic(Some(_)) if self.told_of_panic => None,
             Event::Panic(Some(line)) => {
                 self.notice(Notice::KernelPanic { line: line.clone() });
                 self.panic = Some((line, Instant::now()));
@@ -334,6 +355,7 @@ impl Running {
                 None
             }
             Event::DiskError(disk) => self.disk_error(disk),
+            Event::Debugger(r) => self.debugger_asks(r),
         }
     }
 
@@ -366,10 +388,14 @@ impl Running {
     fn vcpu_stopped(&mut self, index: u32, reason: StopReason) -> Option<Ending> {
         self.vcpus.stopped(index);
         match reason {
-            StopReason::Requested | StopReason::Debug => {
+            StopReason::Requested => {
                 if self.running {
                     self.vcpus.run();
                 }
+                None
+            }
+            StopReason::Debug(stop) => {
+                self.debug_stop(index, stop);
                 None
             }
             StopReason::TripleFault => {
@@ -398,6 +424,11 @@ impl Running {
             let code = self.d.guest.code.load(Ordering::Acquire) as u8;
             return Some(Ending::DebugExit { code });
         }
+        if bits & (PANICKED | CRASH_KERNEL) != 0
+            && let Some(ending) = self.guest_panicked(bits & PANICKED == 0)
+        {
+            return Some(ending);
+        }
         if bits & POWER_OFF != 0 {
             return Some(Ending::PowerOff);
         }
@@ -415,6 +446,33 @@ impl Running {
             }
             return self.guest_reset();
         }
+        None
+    }
+
+    /// The guest said through its pvpanic device that it panicked.
+    fn guest_panicked(&mut self, crash_kernel: bool) -> Option<Ending> {
+        // What to do about it is said by who runs the VM, not by what the console shows.
+        self.told_of_panic = true;
+        let line = self.panic.take().map(|(line, _)| line);
+        let action = self.d.spec.pvpanic.map(|p| p.action).unwrap_or_default();
+        let mut is_paused = false;
+        if !crash_kernel {
+            match action {
+                PanicAction::Exit => {
+                    let reason = line.unwrap_or_else(|| "the guest kernel panicked".into());
+                    return Some(Ending::Crashed { reason });
+                }
+                PanicAction::Pause => match self.pause() {
+                    Ok(()) => is_paused = true,
+                    Err(e) => return Some(failed(&e)),
+                },
+                PanicAction::Continue => {}
+            }
+        }
+        self.notice(Notice::GuestPanicked {
+            crash_kernel,
+            is_paused,
+        });
         None
     }
 
@@ -451,6 +509,7 @@ impl Running {
         // What the guest asked for before the reset has gone with it.
         self.d.guest.take();
         self.panic = None;
+        self.told_of_panic = false;
         self.resets += 1;
         if let Err(ending) = self.boot() {
             return Some(ending);
@@ -477,6 +536,9 @@ impl Running {
                 Ok(Outcome::Done)
             }
             Command::Pause => self.pause().map(|()| Outcome::Done),
+            Command::Resume if self.debugger.holds => Ok(Outcome::Failed(
+                "a debugger has the guest stopped; continue or detach there".into(),
+            )),
             Command::Resume => {
                 self.run();
                 Ok(Outcome::Done)
@@ -533,6 +595,7 @@ impl Running {
                 Some(t) => Ok(Outcome::Tree(tree(t))),
                 None => Ok(Outcome::Failed(format!("there is no {path}"))),
             },
+            Command::Dump { path, linear } => self.dump(&path, linear).map(|()| Outcome::Done),
             Command::Snapshot { dir } => self.snapshot(&dir).map(|()| Outcome::Done),
         };
         let outcome = done.unwrap_or_else(|e| Outcome::Failed(format!("{e:#}")));
@@ -563,65 +626,9 @@ impl Running {
         Ok(())
     }
 
-    /// Writes what the screen shows to a file.
-    fn screenshot(&self, path: &std::path::Path) -> Result<()> {
-        let Some((screen, _)) = &self.d.machine.screen else {
-            bail!("this VM has no screen; start it with --vga std");
-        };
-        let png = screen.screenshot()?;
-        std::fs::write(path, png).with_context(|| format!("cannot write {}", path.display()))
-    }
-
-    /// Types on the guest's keyboard.
-    fn keys(&self, strokes: &[Stroke]) -> Result<()> {
-        if strokes.len() > MAX_STROKES {
-            bail!("{} strokes; at most {MAX_STROKES}", strokes.len());
-        }
-        let mut events = Vec::new();
-        for s in strokes {
-            let more = match s {
-                Stroke::Text(t) if t.chars().count() > MAX_TEXT_CHARS => {
-                    bail!("a text of more than {MAX_TEXT_CHARS} characters; type it in parts")
-                }
-                Stroke::Text(t) => Input::text(t),
-                Stroke::Chord(keys) => Input::chord(keys),
-            };
-            events.extend(more.map_err(anyhow::Error::msg)?);
-        }
-        if !self.d.machine.input.send(&events) {
-            bail!("the guest has not yet taken what was typed before; try again later");
-        }
-        Ok(())
-    }
-
-    /// Moves the tablet's pointer to a dot of the screen.
-    fn point(&self, (x, y): (u32, u32), buttons: u8, wheel: i32) -> Result<()> {
-        let m = &self.d.machine;
-        let Some((screen, _)) = &m.screen else {
-            bail!("this VM has no screen; start it with --vga std");
-        };
-        let (width, height) = screen.look(Duration::ZERO, |s| {
-            (s.surface().width(), s.surface().height())
-        });
-        if x >= width || y >= height {
-            bail!("the screen has {width} x {height} dots; expected a place on it");
-        }
-        if !m.input.wants_place() {
-            bail!(
-                "the guest uses no tablet; start the VM with --usb tablet, and wait until the guest \
-                 has its driver"
-            );
-        }
-        let at = (input::share(x, width), input::share(y, height));
-        if !m.input.send(&Input::point(at, buttons, wheel)) {
-            bail!("the guest has not yet taken what was typed before; try again later");
-        }
-        Ok(())
-    }
-
     /// Lets everything run.
     fn run(&mut self) {
-        if self.running {
+        if self.running || self.debugger.holds {
             return;
         }
         for unit in &self.d.machine.units {
@@ -697,9 +704,10 @@ impl Running {
             match self.d.events.recv_timeout(left) {
                 Ok(Event::VcpuStopped { index, reason }) => {
                     self.vcpus.stopped(index);
-                    if !matches!(reason, StopReason::Requested) {
-                        self.deferred
-                            .push_back(Event::VcpuStopped { index, reason });
+                    match reason {
+                        StopReason::Requested => {}
+                        StopReason::Debug(stop) => self.debugger.note(index, stop),
+                        _ => (self.deferred).push_back(Event::VcpuStopped { index, reason }),
                     }
                 }
                 Ok(other) => self.deferred.push_back(other),
@@ -777,6 +785,8 @@ impl Running {
         self.deferred
             .retain(|e| !matches!(e, Event::VcpuStopped { .. } | Event::Guest));
         self.booted_at_ns = m.clock.now_ns();
+        self.debugger.forget_places();
+        self.vcpus.release_all();
         Ok(())
     }
 
@@ -812,6 +822,24 @@ impl Running {
         let was_running = self.running;
         self.pause()?;
         let done = self.save(dir);
+        if was_running {
+            self.run();
+        }
+        done
+    }
+
+    /// Writes an ELF core; the VM goes on as before.
+    fn dump(&mut self, path: &std::path::Path, linear: bool) -> Result<()> {
+        let was_running = self.running;
+        self.pause()?;
+        let m = &self.d.machine;
+        let states = (0..m.vcpus).map(|n| self.vcpus.state(n));
+        let states: Result<Vec<_>, _> = states.collect();
+        let told = lock(&m.chipset.fw_cfg)
+            .file(dump::VMCOREINFO_FILE)
+            .map(<[u8]>::to_vec);
+        let done = (states.map_err(anyhow::Error::new))
+            .and_then(|s| dump::write(path, &m.memory, &s, linear, told.as_deref()));
         if was_running {
             self.run();
         }
@@ -898,6 +926,7 @@ fn portable(spec: &VmSpec) -> Result<VmSpec> {
         paused: false,
         serial2: None,
         debugcon: None,
+        gdb: None,
         screen: ScreenSpec {
             vnc: None,
             ..spec.screen.clone()

@@ -1,9 +1,10 @@
 //! The screen of a VM, and who may look at it.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use super::Listen;
 
 /// Display devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,22 +17,12 @@ pub enum VgaKind {
     Std,
 }
 
-/// Where a VNC server listens.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum VncListen {
-    /// A Unix socket that only its owner can connect to.
-    Unix(PathBuf),
-    /// An address of the host's loopback.
-    Tcp(SocketAddr),
-}
-
 /// A VNC server for the screen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VncSpec {
     /// Where it listens.
-    pub listen: VncListen,
+    pub listen: Listen,
     /// File whose first line is the password; none is asked for without.
     #[serde(default)]
     pub password_file: Option<PathBuf>,
@@ -61,20 +52,7 @@ impl ScreenSpec {
         if self.vga == VgaKind::None {
             bad("screen.vnc".into(), "needs a VGA".into());
         }
-        match &vnc.listen {
-            // sockaddr_un.sun_path.
-            VncListen::Unix(p) if p.as_os_str().is_empty() || p.as_os_str().len() > 100 => bad(
-                "screen.vnc.listen".into(),
-                "expected a socket path of at most 100 bytes".into(),
-            ),
-            VncListen::Tcp(a) if !a.ip().is_loopback() => bad(
-                "screen.vnc.listen".into(),
-                format!(
-                    "{a} can be reached from other hosts, and VNC is not encrypted; listen on \
-                     127.0.0.1 and forward the port through ssh"
-                ),
-            ),
-            _ => {}
-        }
+        let risk = "VNC is not encrypted";
+        vnc.listen.validate("screen.vnc.listen", risk, bad);
     }
 }

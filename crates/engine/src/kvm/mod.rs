@@ -22,6 +22,7 @@
 )]
 
 pub mod cpuid;
+mod debug;
 mod events;
 mod ioctl;
 mod limits;
@@ -198,12 +199,14 @@ impl KvmVm {
             routes: Mutex::default(),
             slots: Mutex::default(),
         });
+        let debug = debug::caps(&shared.fd);
         let mut vm = KvmVm {
             shared,
             caps: EngineCaps {
                 name: "kvm",
                 max_vcpus,
                 tsc_khz: 0,
+                debug,
             },
             vcpus: Mutex::new(Vec::new()),
             failed_msis: AtomicU32::new(0),

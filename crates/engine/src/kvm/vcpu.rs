@@ -10,8 +10,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{Shared, cpuid, ioctl, lock, os};
-use crate::{CpuIo, CpuidTable, EngineError, StopReason, Vcpu};
+use super::{Shared, cpuid, debug, ioctl, lock, os};
+use crate::{CpuIo, CpuidTable, DebugPlan, EngineError, StopReason, Vcpu};
 use pyrite_x86::CpuState;
 
 /// Where a running vCPU thread can be reached.
@@ -43,6 +43,8 @@ pub struct KvmVcpu {
     pub(super) shut_down: bool,
     /// The last exit is completed by the next KVM_RUN: registers are not final before it.
     incomplete: bool,
+    /// What the debugger wants.
+    plan: DebugPlan,
 }
 
 enum Next {
@@ -62,6 +64,7 @@ impl KvmVcpu {
             shared: Arc::clone(shared),
             shut_down: false,
             incomplete: false,
+            plan: DebugPlan::default(),
         })
     }
 
@@ -201,7 +204,11 @@ impl KvmVcpu {
                 self.incomplete = false;
                 return Next::Enter;
             }
-            Ok(VcpuExit::Debug(_)) => return Next::Stop(StopReason::Debug),
+            Ok(VcpuExit::Debug(why)) => {
+                self.incomplete = false;
+                let stop = debug::why(&self.plan, why.dr6);
+                return Next::Stop(StopReason::Debug(stop));
+            }
             Ok(VcpuExit::Shutdown) => {
                 self.shut_down = true;
                 return Next::Stop(StopReason::TripleFault);
@@ -406,6 +413,19 @@ impl Vcpu for KvmVcpu {
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.write_state(state)?;
         self.incomplete = false;
+        // A step is counted from where the processor stood.
+        if !self.plan.is_empty() {
+            debug::apply(&self.fd, &self.shared, &self.plan)?;
+        }
+        Ok(())
+    }
+
+    fn set_debug(&mut self, plan: &DebugPlan) -> Result<(), EngineError> {
+        if plan.is_empty() && self.plan.is_empty() {
+            return Ok(());
+        }
+        debug::apply(&self.fd, &self.shared, plan)?;
+        self.plan = plan.clone();
         Ok(())
     }
 }

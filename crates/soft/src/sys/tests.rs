@@ -7,6 +7,7 @@ mod bench;
 mod debugging;
 mod hostile;
 mod long;
+mod outside;
 mod protected;
 mod soft_tlb;
 mod tasks;

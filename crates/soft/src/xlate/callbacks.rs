@@ -92,7 +92,10 @@ impl SoftVcpu {
         let Some(bytes) = bytes.get_mut(..size) else {
             return false;
         };
-        if !crosses || !canonical || self.read_bytes(lin, bytes, Priv::Current).is_err() {
+        // A breakpoint stops right behind the instruction: the interpreter's.
+        let watched = self.has_data_breakpoint(lin) || self.has_data_breakpoint(last);
+        if !crosses || !canonical || watched || self.read_bytes(lin, bytes, Priv::Current).is_err()
+        {
             return false;
         }
         let at = (lin & 63) as usize;

@@ -14,6 +14,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::sdt::Sdt;
 use pyrite_devices::storage::floppy::DriveKind;
+use pyrite_devices::{fw_cfg, pvpanic};
 
 use crate::board::{
     CMOS_CENTURY, ECAM_BYTES, ECAM_START, GPE0_PORT, HPET_ADDR, HPET_BYTES, IOAPIC_ADDR,
@@ -57,8 +58,19 @@ pub struct Board {
     pub io_start: u16,
     /// SLP_TYP of soft-off.
     pub off_type: u8,
+    /// What not every machine has.
+    pub extras: Extras,
+}
+
+/// Devices that not every machine of a board has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
     /// Floppy drives.
     pub floppies: Vec<DriveKind>,
+    /// There is a pvpanic port.
+    pub has_pvpanic: bool,
+    /// The guest's kernel, not only its firmware, is to find the firmware configuration device.
+    pub has_fw_cfg: bool,
 }
 
 impl Board {
@@ -71,7 +83,7 @@ impl Board {
             window64: (PCI_MMIO64_START, PCI_MMIO64_START + (PCI_MMIO64_BYTES - 1)),
             io_start: PCI_IO_START,
             off_type: SLP_TYP_S5,
-            floppies: Vec::new(),
+            extras: Extras::default(),
         }
     }
 
@@ -155,9 +167,9 @@ fn tables(board: &Board, base: u64, header: usize, vcpus: u32) -> Tables {
 
 /// All tables of board version 1 for a machine with `vcpus` vCPUs, to be put at `base` (64-byte
 /// aligned, below 4 GiB). The RSDP comes first.
-pub fn build(base: u64, vcpus: u32, floppies: &[DriveKind]) -> Vec<u8> {
+pub fn build(base: u64, vcpus: u32, extras: &Extras) -> Vec<u8> {
     let board = Board {
-        floppies: floppies.to_vec(),
+        extras: extras.clone(),
         ..Board::version_1()
     };
     let mut t = tables(&board, base, 64, vcpus);
@@ -564,8 +576,15 @@ fn dsdt(board: &Board, vcpus: u32) -> Vec<u8> {
         ]
         .map(Raw),
     );
-    if !board.floppies.is_empty() {
-        pci.push(Raw(floppy_controller(&board.floppies)));
+    let extras = &board.extras;
+    if !extras.floppies.is_empty() {
+        pci.push(Raw(floppy_controller(&extras.floppies)));
+    }
+    if extras.has_pvpanic {
+        pci.push(Raw(port_device("PEVT", "QEMU0001", pvpanic::PORT, 1)));
+    }
+    if extras.has_fw_cfg {
+        pci.push(Raw(port_device("FWCF", "QEMU0002", fw_cfg::SELECTOR, 12)));
     }
     let pci_device = Device::new("PCI0".into(), pci.iter().map(|p| p as &dyn Aml).collect());
 
@@ -583,6 +602,21 @@ fn dsdt(board: &Board, vcpus: u32) -> Vec<u8> {
     ]);
     body.extend(bytes_of(&Name::new("\\_S5_".into(), &s5)));
     board.table(*b"DSDT", 2, &body)
+}
+
+/// A device that drivers find by a name of QEMU's documentation, with its ports. It is there, and not
+/// shown to users (§6.3.7).
+fn port_device(name: &str, id: &'static str, port: u16, count: u8) -> Vec<u8> {
+    let ports = IO::new(port, port, 1, count);
+    let resources = crs(vec![&ports]);
+    bytes_of(&Device::new(
+        Path::new(name),
+        vec![
+            &Name::new("_HID".into(), &id),
+            &Name::new("_STA".into(), &0x0bu8),
+            &Raw(resources),
+        ],
+    ))
 }
 
 /// A processor device, §8.4. `_UID` matches the MADT.

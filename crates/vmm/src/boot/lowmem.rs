@@ -1,7 +1,6 @@
 //! What firmware leaves in the first megabyte: BIOS data area, EBDA, ACPI, MP and SMBIOS tables.
 
 use pyrite_api::v1::SmbiosSpec;
-use pyrite_devices::storage::floppy::DriveKind;
 use pyrite_mem::GuestMemory;
 
 use super::{BootError, BootInput, acpi, mptable, smbios, write};
@@ -15,7 +14,7 @@ pub(super) fn write_tables(
     memory: &GuestMemory,
     vcpus: u32,
     identity: &SmbiosSpec,
-    floppies: &[DriveKind],
+    extras: &acpi::Extras,
 ) -> Result<u64, BootError> {
     if memory.size_bytes() < MIN_MEMORY_BYTES {
         return Err(BootError::new(
@@ -24,7 +23,7 @@ pub(super) fn write_tables(
         ));
     }
     write_bda(memory)?;
-    let tables = acpi::build(low::ACPI, vcpus, floppies);
+    let tables = acpi::build(low::ACPI, vcpus, extras);
     if tables.len() as u64 > low::ACPI_BYTES {
         return Err(BootError::new(
             BootInput::Memory,

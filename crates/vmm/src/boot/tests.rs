@@ -46,7 +46,7 @@ fn image(dir: &Dir, kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> Boot
         identity: SmbiosSpec::default(),
         cmdline: cmdline.into(),
         has_text_screen: false,
-        floppies: Vec::new(),
+        extras: acpi::Extras::default(),
     }
 }
 
@@ -132,10 +132,20 @@ fn assert_sums_to_zero(table: &[u8]) {
 
 #[test]
 fn acpi_tables_are_the_golden_board() {
-    check_golden("acpi-1.hex", &acpi::build(low::ACPI, 1, &[]));
-    check_golden("acpi-4.hex", &acpi::build(low::ACPI, 4, &[]));
-    let drives = [DriveKind::D1440, DriveKind::D1200];
+    let none = acpi::Extras::default();
+    check_golden("acpi-1.hex", &acpi::build(low::ACPI, 1, &none));
+    check_golden("acpi-4.hex", &acpi::build(low::ACPI, 4, &none));
+    let drives = acpi::Extras {
+        floppies: vec![DriveKind::D1440, DriveKind::D1200],
+        ..acpi::Extras::default()
+    };
     check_golden("acpi-floppy.hex", &acpi::build(low::ACPI, 1, &drives));
+    let debugging = acpi::Extras {
+        has_pvpanic: true,
+        has_fw_cfg: true,
+        ..acpi::Extras::default()
+    };
+    check_golden("acpi-debugging.hex", &acpi::build(low::ACPI, 1, &debugging));
 }
 
 #[test]
@@ -185,7 +195,7 @@ fn mp_tables_are_the_golden_board() {
 #[test]
 fn acpi_tables_have_right_checksums_and_pointers() {
     for vcpus in [1, 4, 254, 255, 256, 1024] {
-        let t = acpi::build(low::ACPI, vcpus, &[]);
+        let t = acpi::build(low::ACPI, vcpus, &acpi::Extras::default());
         assert!(
             t.len() as u64 <= low::ACPI_BYTES,
             "{vcpus} vCPUs need {} bytes",

@@ -35,11 +35,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pyrite_api::v1::VncListen;
+use pyrite_api::v1::Listen;
 
 use super::Screen;
 use super::input::Input;
-use wire::Stream;
+use crate::listen::{Stream, listen_unix};
 
 /// LIMIT: clients at a time.
 pub const CLIENTS: usize = 8;
@@ -95,15 +95,15 @@ pub fn read_password(path: &Path) -> Result<String, String> {
 impl Server {
     /// Listens; clients wait until [`Server::serve`].
     pub fn listen(
-        at: &VncListen,
+        at: &Listen,
         screen: Arc<Screen>,
         input: Input,
         name: &str,
         password: Option<&str>,
     ) -> io::Result<Server> {
         let listener = match at {
-            VncListen::Unix(path) => Listener::Unix(crate::socket::listen(path)?, path.clone()),
-            VncListen::Tcp(address) => Listener::Tcp(TcpListener::bind(address)?),
+            Listen::Unix(path) => Listener::Unix(listen_unix(path)?, path.clone()),
+            Listen::Tcp(address) => Listener::Tcp(TcpListener::bind(address)?),
         };
         let password = password.map(|p| {
             let mut key = [0; PASSWORD_BYTES];

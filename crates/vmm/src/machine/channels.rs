@@ -30,7 +30,7 @@ const RECHECK: Duration = Duration::from_millis(100);
 pub(super) fn plug(spec: &VmSpec, slots: &mut Slots<'_>) -> Result<(), AssemblyError> {
     let mut ports = Vec::new();
     for (n, c) in spec.channels.iter().enumerate() {
-        let listener = crate::socket::listen(&c.path).map_err(|e| {
+        let listener = crate::listen::listen_unix(&c.path).map_err(|e| {
             let problem = format!("cannot listen on {}: {e}", c.path.display());
             input(format!("channels[{n}]"), problem)
         })?;
@@ -271,7 +271,7 @@ mod tests {
     fn channel(name: &str) -> (Channel, Arc<Guest>) {
         let path =
             std::env::temp_dir().join(format!("pyrite-channel-{name}-{}", std::process::id()));
-        let listener = crate::socket::listen(&path).unwrap();
+        let listener = crate::listen::listen_unix(&path).unwrap();
         let channel = Channel::start(listener, path).unwrap();
         let guest: Arc<Guest> = Arc::default();
         channel.attach(guest.clone());

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use pyrite_api::v1::{ScreenSpec, VgaKind, VmSpec, VncListen};
+use pyrite_api::v1::{Listen, ScreenSpec, VgaKind, VmSpec};
 use pyrite_devices::display::vga::{
     DISPI_PORTS_COUNT, DISPI_PORTS_START, MAX_ROM_BYTES, PORTS_COUNT, PORTS_START,
     VIDEO_MEMORY_BYTES, Vga, WINDOW_BYTES, WINDOW_START, find_font,
@@ -139,8 +139,8 @@ pub(super) fn listen(
     );
     let server = server.map_err(|e| {
         let at = match &vnc.listen {
-            VncListen::Unix(path) => path.display().to_string(),
-            VncListen::Tcp(address) => address.to_string(),
+            Listen::Unix(path) => path.display().to_string(),
+            Listen::Tcp(address) => address.to_string(),
         };
         input("screen.vnc.listen", format!("cannot listen on {at}: {e}"))
     })?;

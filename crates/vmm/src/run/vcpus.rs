@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use pyrite_engine::{EngineError, StopReason, Vcpu, VcpuControl, Vm};
+use pyrite_engine::{DebugPlan, EngineError, StopReason, Vcpu, VcpuControl, Vm};
 use pyrite_x86::CpuState;
 
 use super::Event;
@@ -13,6 +13,7 @@ enum Order {
     Run,
     State(Sender<Result<Box<CpuState>, EngineError>>),
     SetState(Box<CpuState>, Sender<Result<(), EngineError>>),
+    SetDebug(DebugPlan, Sender<Result<(), EngineError>>),
 }
 
 /// The vCPUs of a machine, seen from the state driver.
@@ -21,6 +22,8 @@ pub(super) struct Vcpus {
     controls: Vec<Arc<dyn VcpuControl>>,
     /// Told to run and not heard of since.
     running: Vec<bool>,
+    /// Stands still while others run.
+    held: Vec<bool>,
 }
 
 fn gone() -> EngineError {
@@ -34,6 +37,7 @@ impl Vcpus {
             orders: Vec::new(),
             controls: Vec::new(),
             running: Vec::new(),
+            held: Vec::new(),
         };
         for index in 0..count {
             let vcpu = vm.take_vcpu(index)?;
@@ -45,17 +49,31 @@ impl Vcpus {
             all.orders.push(orders);
             all.controls.push(vm.control(index));
             all.running.push(false);
+            all.held.push(false);
         }
         Ok(all)
     }
 
-    /// Lets every vCPU run.
+    /// Lets every vCPU run that is not held.
     pub fn run(&mut self) {
-        for (order, running) in self.orders.iter().zip(&mut self.running) {
-            if !*running {
+        let vcpus = self.orders.iter().zip(&mut self.running);
+        for ((order, running), held) in vcpus.zip(&self.held) {
+            if !*running && !*held {
                 *running = order.send(Order::Run).is_ok();
             }
         }
+    }
+
+    /// Has a stopped vCPU stand still, or not any more, when the others run.
+    pub fn hold(&mut self, index: u32, held: bool) {
+        if let Some(h) = self.held.get_mut(index as usize) {
+            *h = held;
+        }
+    }
+
+    /// No vCPU is held any more.
+    pub fn release_all(&mut self) {
+        self.held.fill(false);
     }
 
     /// Asks every vCPU to stop; each answers with [`Event::VcpuStopped`].
@@ -96,6 +114,16 @@ impl Vcpus {
             .map_err(|_| gone())?;
         from.recv().map_err(|_| gone())?
     }
+
+    /// What a stopped vCPU stops for when it runs again.
+    pub fn set_debug(&self, index: u32, plan: DebugPlan) -> Result<(), EngineError> {
+        let (answer, from) = channel();
+        let order = self.orders.get(index as usize).ok_or_else(gone)?;
+        order
+            .send(Order::SetDebug(plan, answer))
+            .map_err(|_| gone())?;
+        from.recv().map_err(|_| gone())?
+    }
 }
 
 fn serve(index: u32, mut vcpu: Box<dyn Vcpu>, inbox: &Receiver<Order>, events: &Sender<Event>) {
@@ -107,6 +135,7 @@ fn serve(index: u32, mut vcpu: Box<dyn Vcpu>, inbox: &Receiver<Order>, events: &
             }
             Order::State(answer) => answer.send(vcpu.state().map(Box::new)).is_ok(),
             Order::SetState(state, answer) => answer.send(vcpu.set_state(&state)).is_ok(),
+            Order::SetDebug(plan, answer) => answer.send(vcpu.set_debug(&plan)).is_ok(),
         };
         if !heard {
             return;

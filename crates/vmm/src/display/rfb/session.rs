@@ -13,11 +13,12 @@ use super::Shared;
 use super::handshake;
 use super::messages::{Message, receive};
 use super::pixels::PixelFormat;
-use super::wire::{self, Receiver, Sender, Stream};
+use super::wire::{self, Receiver, Sender};
 use super::zrle::Zrle;
 use crate::display::input::{InputEvent, share};
 use crate::display::keys::{self, KeyCode};
 use crate::display::{FRAME, Generation, Rect, Shown};
+use crate::listen::Stream;
 
 const RAW: i32 = 0;
 const ZRLE: i32 = 16;

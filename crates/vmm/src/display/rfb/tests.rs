@@ -68,9 +68,9 @@ fn rig(name: &str, tcp: bool, password: Option<&str>) -> Rig {
     let screen = Arc::new(Screen::new(vga.clone()));
     let path = std::env::temp_dir().join(format!("pyrite-vnc-{name}-{}", std::process::id()));
     let at = if tcp {
-        VncListen::Tcp("127.0.0.1:0".parse().unwrap())
+        Listen::Tcp("127.0.0.1:0".parse().unwrap())
     } else {
-        VncListen::Unix(path.clone())
+        Listen::Unix(path.clone())
     };
     let server = Server::listen(&at, screen, input, "a guest", password).unwrap();
     server.serve().unwrap();
@@ -252,13 +252,13 @@ fn socket_is_private_and_goes_away() {
     let r = rig("socket", false, None);
     let mode = fs::metadata(&r.path).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let again = crate::socket::listen(&r.path).err().unwrap();
+    let again = crate::listen::listen_unix(&r.path).err().unwrap();
     assert_eq!(again.kind(), io::ErrorKind::AddrInUse);
     let path = r.path.clone();
     drop(r);
     assert!(!path.exists());
     fs::write(&path, "data").unwrap();
-    assert!(crate::socket::listen(&path).is_err());
+    assert!(crate::listen::listen_unix(&path).is_err());
     assert_eq!(fs::read(&path).unwrap(), b"data");
     fs::remove_file(&path).unwrap();
 }

@@ -1,13 +1,13 @@
 //! Bytes to and from a client: plain, or in WebSocket frames (RFC 6455).
 
 use std::io::{self, BufReader, Read, Write};
-use std::net::{Shutdown, TcpStream};
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pyrite_vdev::bus::lock;
 use sha1::{Digest, Sha1};
+
+use crate::listen::Stream;
 
 /// How long the opening may take, message by message.
 const OPENING: Duration = Duration::from_secs(10);
@@ -27,65 +27,6 @@ const OP_BINARY: u8 = 2;
 const OP_CLOSE: u8 = 8;
 const OP_PING: u8 = 9;
 const OP_PONG: u8 = 10;
-
-/// A connection.
-pub enum Stream {
-    /// To a Unix socket.
-    Unix(UnixStream),
-    /// To a port.
-    Tcp(TcpStream),
-}
-
-impl Stream {
-    fn try_clone(&self) -> io::Result<Stream> {
-        Ok(match self {
-            Stream::Unix(s) => Stream::Unix(s.try_clone()?),
-            Stream::Tcp(s) => Stream::Tcp(s.try_clone()?),
-        })
-    }
-    fn set_read_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
-        match self {
-            Stream::Unix(s) => s.set_read_timeout(limit),
-            Stream::Tcp(s) => s.set_read_timeout(limit),
-        }
-    }
-    fn set_write_timeout(&self, limit: Duration) -> io::Result<()> {
-        match self {
-            Stream::Unix(s) => s.set_write_timeout(Some(limit)),
-            Stream::Tcp(s) => {
-                s.set_nodelay(true)?;
-                s.set_write_timeout(Some(limit))
-            }
-        }
-    }
-    fn close(&self) {
-        let _ = match self {
-            Stream::Unix(s) => s.shutdown(Shutdown::Both),
-            Stream::Tcp(s) => s.shutdown(Shutdown::Both),
-        };
-    }
-}
-
-impl Read for Stream {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Stream::Unix(s) => s.read(buffer),
-            Stream::Tcp(s) => s.read(buffer),
-        }
-    }
-}
-
-impl Write for Stream {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Stream::Unix(s) => s.write(bytes),
-            Stream::Tcp(s) => s.write(bytes),
-        }
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 pub(super) fn violation(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.into())
