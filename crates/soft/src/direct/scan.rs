@@ -33,6 +33,8 @@ pub struct Rules {
     /// RDTSC and RDTSCP do not trap, because the host's counter is the guest's. What RDTSCP says of the
     /// processor is the host's, though.
     pub tsc: bool,
+    /// The program can write the page: code that it made itself, among data. Only what is certain counts.
+    pub made: bool,
 }
 
 /// Bytes before a page that are looked at: decoding from so far before a pattern is in step there.
@@ -83,6 +85,7 @@ pub fn nature(before: &[u8], page: &[u8], next: &[u8], rules: Rules) -> Nature {
         }
         match judge(bytes, at) {
             Verdict::Other => {}
+            Verdict::Possible if rules.made => {}
             // A template, or data: at worst RDTSCP says which processor of the host it ran on.
             Verdict::Possible if bytes[at + 1..].starts_with(&[0x01, 0xf9]) => {}
             Verdict::Certain
@@ -157,9 +160,9 @@ fn looks_sensitive(bytes: &[u8], at: usize, rules: Rules) -> bool {
     let (memory, reg) = (modrm < 0xc0, modrm >> 3 & 7);
     match after(1) {
         // VERR, VERW; SLDT, STR.
-        0x00 => matches!(reg, 4 | 5) && !memory || reg < 2 && !rules.umip,
-        // LAR, LSL.
-        0x02 | 0x03 => !memory,
+        0x00 => matches!(reg, 4 | 5) && !memory && !rules.made || reg < 2 && !rules.umip,
+        // LAR, LSL, which no compiler makes at run time.
+        0x02 | 0x03 => !memory && !rules.made,
         // CPUID.
         0xa2 => true,
         0x01 => match modrm {
@@ -368,7 +371,14 @@ mod tests {
             xgetbv: true,
             umip: true,
             tsc: true,
+            made: false,
         };
+        let made = Rules { made: true, ..host };
+        assert_eq!(
+            nature(&[], &page(b"\x0f\x03\xc1"), &[], made),
+            Nature::Plain
+        );
+        assert_ne!(nature(&[], &page(b"\x0f\xa2"), &[], made), Nature::Plain);
         // rdtscp; then ECX is read, or written first.
         let reads = nature(&[], &page(b"\x0f\x01\xf9\x89\xc8"), &[], host);
         assert_eq!(reads, Nature::Patched([1500].into()));

@@ -240,6 +240,7 @@ impl Space {
                 xgetbv: true,
                 umip: host_has_umip(),
                 tsc,
+                made: false,
             },
             pages: 0,
             sensitive: 0,
@@ -418,7 +419,7 @@ impl Space {
                 if known & WRITE != 0 && !self.bounces_enough(va) {
                     bits &= !WRITE;
                 }
-                let code = self.code(v, va, gpa, off);
+                let code = self.code(v, va, gpa, off, t.writable);
                 if code & SENSITIVE != 0 {
                     self.set_entry(va, known | SENSITIVE);
                     return Ok(Outcome::Sensitive);
@@ -497,13 +498,13 @@ impl Space {
         if leaf.writable && leaf.dirty && claim_write(memory, off) {
             bits |= WRITE;
         } else if leaf.executable && !(leaf.writable && leaf.dirty) {
-            bits |= self.code(v, va, leaf.gpa, off);
+            bits |= self.code(v, va, leaf.gpa, off, leaf.writable);
         }
         Some(off | bits)
     }
 
-    /// How a page may be executed, as bits of an entry.
-    fn code(&mut self, v: &SoftVcpu, va: u64, gpa: u64, off: u64) -> u64 {
+    /// How a page may be executed, as bits of an entry. `writable`: by the program.
+    fn code(&mut self, v: &SoftVcpu, va: u64, gpa: u64, off: u64, writable: bool) -> u64 {
         let memory = &v.vm.memory;
         let mut page = [0; PAGE_SIZE as usize];
         if memory.read(gpa, &mut page).is_err() {
@@ -527,7 +528,11 @@ impl Space {
             Some(gpa) => memory.read(gpa, &mut next).map_or(&[][..], |()| &next),
             None => &[],
         };
-        let patched = match v.vm.found.nature(before, &page, next, self.rules) {
+        let rules = Rules {
+            made: writable,
+            ..self.rules
+        };
+        let patched = match v.vm.found.nature(before, &page, next, rules) {
             Nature::Plain => return EXECUTE,
             Nature::Patched(places) => v.vm.patched.make(v, off, &page, &places),
             Nature::Sensitive => None,
