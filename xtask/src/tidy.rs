@@ -11,6 +11,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("vdev", 2),
     ("disk", 2),
     ("net", 2),
+    ("share", 2),
     ("api", 2),
     ("soft", 3),
     ("devices", 3),
@@ -27,6 +28,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("vdev", &["x86"]),
     ("disk", &["x86"]),
     ("net", &["x86"]),
+    ("share", &["x86", "mem", "state"]),
     ("api", &["x86", "state", "mem"]),
 ];
 
