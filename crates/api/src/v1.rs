@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 mod firmware;
 mod nic;
 mod screen;
+mod share;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,10 @@ pub use nic::{
     RateSpec,
 };
 pub use screen::{ScreenSpec, VgaKind, VncListen, VncSpec};
+pub use share::{
+    ChannelSpec, MAX_CHANNEL_NAME_BYTES, MAX_CHANNELS, MAX_SHARES, MAX_TAG_BYTES, ShareKind,
+    ShareOwner, ShareSpec,
+};
 pub use snapshot::{SNAPSHOT_FORMAT, SnapshotManifest};
 
 /// LIMIT: most vCPUs of a VM.
@@ -350,6 +355,12 @@ pub struct VmSpec {
     /// Unix socket path of the vsock device; none without.
     #[serde(default)]
     pub vsock: Option<PathBuf>,
+    /// Folders of the host that the guest can mount.
+    #[serde(default)]
+    pub shares: Vec<ShareSpec>,
+    /// Ports of the guest as Unix sockets.
+    #[serde(default)]
+    pub channels: Vec<ChannelSpec>,
     /// File for what the guest sends on the second serial port; it is dropped without.
     #[serde(default)]
     pub serial2: Option<PathBuf>,
@@ -393,6 +404,8 @@ impl Default for VmSpec {
             screen: ScreenSpec::default(),
             balloon: false,
             vsock: None,
+            shares: Vec::new(),
+            channels: Vec::new(),
             serial2: None,
             debugcon: None,
             reset: ResetPolicy::Reboot,
@@ -515,6 +528,8 @@ impl VmSpec {
                 );
             }
         }
+        share::validate_shares(&self.shares, &mut bad);
+        share::validate_channels(&self.channels, &mut bad);
         if errors.is_empty() {
             Ok(())
         } else {

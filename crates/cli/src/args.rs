@@ -267,6 +267,9 @@ pub struct RunArgs {
     /// Unix socket for connections to and from the guest (vsock)
     #[arg(long, value_name = "SOCKET")]
     pub vsock: Option<PathBuf>,
+    /// Folders and channels
+    #[command(flatten)]
+    pub share: crate::share::ShareArgs,
     /// The screen
     #[command(flatten)]
     pub screen: crate::screen::ScreenArgs,
@@ -342,6 +345,8 @@ impl RunArgs {
             screen: self.screen.spec(),
             balloon: self.balloon,
             vsock: self.vsock.clone(),
+            shares: self.share.shares.clone(),
+            channels: self.share.channels.clone(),
             serial2: self.serial2.clone(),
             debugcon: self.debugcon.clone(),
             reset: if self.no_reboot {
@@ -391,6 +396,8 @@ fn option_of(path: &str) -> &'static str {
         ("screen", _) => "--vga",
         ("balloon", _) => "--balloon",
         ("vsock", _) => "--vsock",
+        ("shares", _) => "--share",
+        ("channels", _) => "--channel",
         ("serial2", _) => "--serial2",
         ("debugcon", _) => "--debugcon",
         ("time_limit_ms", _) => "--timeout",

@@ -15,6 +15,7 @@ mod log;
 mod net;
 mod profile;
 mod screen;
+mod share;
 mod signals;
 mod stock;
 mod terminal;

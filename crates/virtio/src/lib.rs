@@ -26,6 +26,7 @@
 //! | [`Balloon`] | `Balloon::new()?` | [`Balloon::control`] |
 //! | [`Scsi`] | `Scsi::new(Vec<Unit>, ScsiConfig)` | [`Scsi::control`] |
 //! | [`Vsock`] | `Vsock::new(VsockConfig)?` | Unix sockets |
+//! | [`Share`] | `Share::new(ShareProtocol, tag, Arc<Folder>)?` | |
 //!
 //! Take a control handle before the device is boxed. Unit names end in a number of their kind, as
 //! in `virtio-blk0`; the saved section is of kind `virtio-pci` for all of them.
@@ -50,6 +51,7 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod scsi;
+pub mod share;
 pub mod spec;
 #[cfg(test)]
 mod testing;
@@ -65,5 +67,6 @@ pub use link::DriverLink;
 pub use net::{Net, NetConfig, NetControl};
 pub use rng::Rng;
 pub use scsi::{Scsi, ScsiConfig, ScsiControl};
+pub use share::{Share, ShareProtocol};
 pub use transport::pci::VirtioPciDevice;
 pub use vsock::{Vsock, VsockConfig};

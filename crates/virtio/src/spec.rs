@@ -17,8 +17,12 @@ pub const VIRTIO_ID_RNG: u16 = 4;
 pub const VIRTIO_ID_BALLOON: u16 = 5;
 /// SCSI host, virtio 1.3 §5.6.
 pub const VIRTIO_ID_SCSI: u16 = 8;
+/// 9P transport, reserved in §5.
+pub const VIRTIO_ID_9P: u16 = 9;
 /// Socket device.
 pub const VIRTIO_ID_VSOCK: u16 = 19;
+/// File system device.
+pub const VIRTIO_ID_FS: u16 = 26;
 
 /// Device status bits, virtio 1.3 §2.1.
 pub const VIRTIO_CONFIG_S_ACKNOWLEDGE: u8 = 1;

@@ -53,6 +53,12 @@ pub fn check(spec: &VmSpec, with_boot: bool) -> Vec<SpecError> {
     if let Some(path) = &spec.vsock {
         errors.extend(check_vsock(path).err());
     }
+    for (n, share) in spec.shares.iter().enumerate() {
+        if let Err(problem) = check_share(&share.path) {
+            let problem = format!("{}: {problem}", share.path.display());
+            errors.push(SpecError::new(format!("shares[{n}].path"), problem));
+        }
+    }
     if spec.screen.vga != VgaKind::None
         && let Err(problem) = crate::machine::check_video_bios(&spec.screen)
     {
@@ -363,6 +369,14 @@ fn bytes_described(file: &mut File) -> std::io::Result<Option<u64>> {
         .filter(|e| !matches!(e.get(4), None | Some(&0 | &GPT_PROTECTIVE)))
         .map(|e| (u64::from(le32(e, 8)) + u64::from(le32(e, 12))) * 512)
         .max())
+}
+
+fn check_share(path: &Path) -> Result<(), String> {
+    match std::fs::metadata(path) {
+        Ok(m) if m.is_dir() => Ok(()),
+        Ok(_) => Err("is not a directory; expected a folder to share".into()),
+        Err(e) => Err(e.to_string()),
+    }
 }
 
 fn check_vsock(path: &Path) -> Result<(), SpecError> {

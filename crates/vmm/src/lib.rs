@@ -16,7 +16,7 @@
 //!
 //! The state driver (the process's first thread), one thread per vCPU (`vcpu0` …), `timers`,
 //! `control`, `console-in`, `console-out`, `input`, `vnc` and two for each
-//! of its clients, on KVM one per virtio device that waits for its doorbells
+//! of its clients, `channel-in` and `channel-out` for each channel, on KVM one per virtio device that waits for its doorbells
 //! (`bell-blk0` …), and those of back ends. Everything that changes the
 //! state of the VM goes through the driver's queue.
 #![deny(unsafe_code)]
@@ -33,3 +33,4 @@ pub mod output;
 pub mod process;
 pub mod run;
 pub mod snapshot;
+mod socket;

@@ -40,12 +40,14 @@ use crate::firmware::{BootDevices, Firmware, LogLines};
 use crate::output::OutputFile;
 use crate::run::console::Console;
 
+mod channels;
 #[cfg(test)]
 mod doorbell_tests;
 mod drives;
 mod floppies;
 mod nics;
 mod screen;
+mod shares;
 #[cfg(test)]
 mod tests;
 
@@ -453,7 +455,7 @@ struct Plugged {
 }
 
 /// The virtio devices of a specification, in slot order: disks, network (any cards), console,
-/// entropy, balloon, vsock.
+/// entropy, balloon, vsock, channels, shared folders.
 fn plug_devices(
     spec: &VmSpec,
     console: &Console,
@@ -501,6 +503,8 @@ fn plug_devices(
             .map_err(|e| input("vsock", format!("cannot listen on {}: {e}", path.display())))?;
         slots.plug("virtio-vsock0", Box::new(vsock))?;
     }
+    channels::plug(spec, slots)?;
+    shares::plug(spec, slots)?;
     Ok(Plugged {
         balloon: balloon_control,
         image_disks,

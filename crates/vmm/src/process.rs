@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use pyrite_api::control::{self, Ending, Event as Notice, Hello, Message, PROTOCOL};
-use pyrite_api::v1::{ConsoleKind, NetSpec, NicSpec, ScreenSpec, SpecError, VmSpec, VncListen};
+use pyrite_api::v1::{
+    ChannelSpec, ConsoleKind, NetSpec, NicSpec, ScreenSpec, ShareKind, ShareSpec, SpecError,
+    VmSpec, VncListen,
+};
 
 use crate::engines::{self, Engine};
 use crate::machine::{AssemblyError, Machine};
@@ -57,10 +60,12 @@ pub fn serve(mut control: UnixStream, console: UnixStream) -> Result<()> {
                     VncListen::Unix(path) => Some(path.clone()),
                     VncListen::Tcp(_) => None,
                 });
-            let sockets = [driver.spec.vsock.clone(), vnc];
+            let channels = driver.spec.channels.iter().map(|c| c.path.clone());
+            let sockets = [driver.spec.vsock.clone(), vnc].into_iter().flatten();
+            let sockets: Vec<_> = sockets.chain(channels).collect();
             let ending = driver.drive();
             console.finish(SHOW_WITHIN);
-            for path in sockets.into_iter().flatten() {
+            for path in sockets {
                 // The process ends without dropping its devices.
                 let _ = std::fs::remove_file(path);
             }
@@ -111,6 +116,55 @@ fn merge_net(now: &NetSpec, saved: &NetSpec) -> Result<NetSpec, SpecError> {
     Ok(net)
 }
 
+/// The folders of a snapshot's guest, which the command must grant again: a file that says what is
+/// shared grants nothing.
+fn merge_shares(now: &[ShareSpec], saved: &[ShareSpec]) -> Result<Vec<ShareSpec>, SpecError> {
+    let named = |all: &[ShareSpec], s: &ShareSpec| {
+        let same = |o: &&ShareSpec| o.tag == s.tag && o.kind == s.kind;
+        all.iter().find(same).cloned()
+    };
+    let option = |s: &ShareSpec| {
+        let kind = match s.kind {
+            ShareKind::Virtiofs => "virtiofs",
+            ShareKind::P9 => "9p",
+        };
+        format!("--share DIR,tag={},type={kind}", s.tag)
+    };
+    if let Some(s) = now.iter().find(|s| named(saved, s).is_none()) {
+        let problem = format!(
+            "the guest of the snapshot has no {}; leave it out",
+            option(s)
+        );
+        return Err(SpecError::new("shares", problem));
+    }
+    let granted = |s: &ShareSpec| {
+        named(now, s).ok_or_else(|| {
+            let problem = format!(
+                "the guest of the snapshot was given {}; give it that again with {}",
+                s.path.display(),
+                option(s)
+            );
+            SpecError::new("shares", problem)
+        })
+    };
+    saved.iter().map(granted).collect()
+}
+
+/// The channels of a snapshot's guest, with the sockets that the command names.
+fn merge_channels(
+    now: &[ChannelSpec],
+    saved: &[ChannelSpec],
+) -> Result<Vec<ChannelSpec>, SpecError> {
+    let named =
+        |all: &[ChannelSpec], c: &ChannelSpec| all.iter().find(|o| o.name == c.name).cloned();
+    if let Some(c) = now.iter().find(|c| named(saved, c).is_none()) {
+        let problem = format!("the guest of the snapshot has no channel {}", c.name);
+        return Err(SpecError::new("channels", problem));
+    }
+    let merged = |c: &ChannelSpec| named(now, c).unwrap_or_else(|| c.clone());
+    Ok(saved.iter().map(merged).collect())
+}
+
 /// The specification of a snapshot with what the command says about this run.
 fn merge(now: &VmSpec, saved: VmSpec) -> Result<VmSpec, SpecError> {
     let net = merge_net(&now.net, &saved.net)?;
@@ -119,6 +173,8 @@ fn merge(now: &VmSpec, saved: VmSpec) -> Result<VmSpec, SpecError> {
         ..saved.screen.clone()
     };
     Ok(VmSpec {
+        shares: merge_shares(&now.shares, &saved.shares)?,
+        channels: merge_channels(&now.channels, &saved.channels)?,
         engine: now.engine,
         code_cache_bytes: now.code_cache_bytes,
         direct: now.direct,

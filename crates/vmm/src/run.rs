@@ -815,6 +815,8 @@ fn portable(spec: &VmSpec) -> Result<VmSpec> {
     let files = files.chain(boot.modules.iter_mut().map(|m| &mut m.path));
     let files = files.chain(s.disks.iter_mut().map(|d| &mut d.path));
     let files = files.chain(&mut s.screen.vga_rom);
+    let files = files.chain(s.shares.iter_mut().map(|d| &mut d.path));
+    let files = files.chain(s.channels.iter_mut().map(|c| &mut c.path));
     let firmware = boot.firmware.iter_mut();
     let files = files.chain(firmware.flat_map(|f| {
         let vars = f.vars_template.iter_mut().chain(&mut f.vars);

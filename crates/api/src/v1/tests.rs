@@ -141,3 +141,37 @@ fn firmware_and_identity_are_checked() {
     wrong(&with(f), "boot.firmware.menu_ms");
     wrong(&with(FirmwareSpec::default()), "boot.firmware.code");
 }
+
+#[test]
+fn shares_and_channels_are_told_apart() {
+    let share = |tag: &str| ShareSpec {
+        path: "d".into(),
+        tag: tag.into(),
+        kind: ShareKind::P9,
+        read_only: false,
+        owner: None,
+    };
+    let channel = |name: &str, path: &str| ChannelSpec {
+        name: name.into(),
+        path: path.into(),
+    };
+    let mut spec = good();
+    spec.shares = vec![share("a"), share("b")];
+    spec.channels = vec![channel("x", "s1"), channel("y", "s2")];
+    spec.validate().unwrap();
+    spec.shares
+        .extend([share("a"), share(""), share(&"t".repeat(37))]);
+    let more = [channel("x", "s3"), channel("z", "s2"), channel("a/b", "s4")];
+    spec.channels.extend(more);
+    let errors = spec.validate().unwrap_err();
+    let paths: Vec<&str> = errors.iter().map(|e| e.path.as_str()).collect();
+    let expected = [
+        "shares[2].tag",
+        "shares[3].tag",
+        "shares[4].tag",
+        "channels[2].name",
+        "channels[3].path",
+        "channels[4].name",
+    ];
+    assert_eq!(paths, expected);
+}

@@ -1,5 +1,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -250,13 +252,13 @@ fn socket_is_private_and_goes_away() {
     let r = rig("socket", false, None);
     let mode = fs::metadata(&r.path).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let again = listen_unix(&r.path).err().unwrap();
+    let again = crate::socket::listen(&r.path).err().unwrap();
     assert_eq!(again.kind(), io::ErrorKind::AddrInUse);
     let path = r.path.clone();
     drop(r);
     assert!(!path.exists());
     fs::write(&path, "data").unwrap();
-    assert!(listen_unix(&path).is_err());
+    assert!(crate::socket::listen(&path).is_err());
     assert_eq!(fs::read(&path).unwrap(), b"data");
     fs::remove_file(&path).unwrap();
 }
