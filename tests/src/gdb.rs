@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::Session;
 
@@ -61,6 +61,21 @@ impl Gdb {
         match shown.trim().parse::<i64>() {
             Ok(value) => value.cast_unsigned(),
             Err(_) => panic!("{expression}: {shown}{}", self.0.errors()),
+        }
+    }
+
+    /// What a stub says to a command of its own, which must have `text` in it: gdb shows it among its
+    /// complaints, which come by another pipe.
+    pub fn monitor(&mut self, command: &str, text: &str) {
+        let shown = self.ask(&format!("monitor {command}"));
+        let until = Instant::now() + LIMIT;
+        while !shown.contains(text) && !self.0.errors().contains(text) {
+            assert!(
+                Instant::now() < until,
+                "{command}: {shown}{}",
+                self.0.errors()
+            );
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 

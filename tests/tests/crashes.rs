@@ -82,7 +82,16 @@ fn paused_guest_is_dumped_and_goes_on() {
     let mut mark = vec![0xbb];
     mark.extend(MARK.to_le_bytes()); // mov ebx, MARK
     mark.extend([0x89, 0x1d, 0, 0, 2, 0]); // mov [20000H], ebx
-    let code = [mark, report(1), guest::print("alive\n"), guest::power_off()].concat();
+    // The machine stops a moment after the report: `mov ecx, N; dec ecx; jnz` until then.
+    let wait = vec![0xb9, 0, 0, 0, 0x40, 0xff, 0xc9, 0x75, 0xfc];
+    let code = [
+        mark,
+        report(1),
+        wait,
+        guest::print("alive\n"),
+        guest::power_off(),
+    ]
+    .concat();
     let at = socket.display().to_string();
     let mut vm = start(&dir, &code, &[&options[..], &[&at]].concat());
     while !vm.errors().contains("is paused") {

@@ -22,6 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
 
 use pyrite_api::v1::Listen;
 use pyrite_engine::{CpuidTable, DebugCaps, DebugStop, Watch};
@@ -40,6 +41,9 @@ mod session;
 mod tests;
 
 pub use command::Go;
+
+/// How long one that has just detached may take to be gone when the next one comes.
+const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
 /// What a debugger wants of the state driver.
 #[derive(Debug)]
@@ -190,7 +194,7 @@ impl Server {
                         // Out of descriptors, for instance: others may be closed meanwhile.
                         Err(e) => {
                             tracing::warn!("GDB stub: {e}");
-                            std::thread::sleep(std::time::Duration::from_millis(200));
+                            std::thread::sleep(Duration::from_millis(200));
                         }
                     }
                 }
@@ -201,9 +205,13 @@ impl Server {
 
 /// Serves a debugger, unless one is there.
 fn take(target: &Target, is_busy: &Arc<AtomicBool>, stream: Stream) {
-    if is_busy.swap(true, Ordering::AcqRel) {
-        tracing::warn!("GDB stub: a second debugger is turned away");
-        return;
+    let until = Instant::now() + LEAVES_WITHIN;
+    while is_busy.swap(true, Ordering::AcqRel) {
+        if Instant::now() > until {
+            tracing::warn!("GDB stub: a second debugger is turned away");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
     let (target, busy) = (target.clone(), Arc::clone(is_busy));
     let started = std::thread::Builder::new()
